@@ -1,0 +1,92 @@
+"""Meshes and the one table from logical axes to mesh axes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from itune.types import InputError
+
+MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
+
+# logical axis -> mesh axes. A logical axis that does not stand here is an error.
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "length": ("context",),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    "mlp": ("tensor",),
+    "expert": ("expert",),
+    "vocab": ("tensor",),
+    "layers": (),
+    "norm": (),
+}
+
+
+def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh over all axes of `MESH_AXES`. One axis may be -1: it takes the devices that the others leave.
+
+    Without `shape` every device goes to `fsdp`. Raises InputError when the product is not the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = dict.fromkeys(MESH_AXES, 1)
+    sizes.update(shape if shape is not None else {"fsdp": -1})
+    unknown = set(sizes) - set(MESH_AXES)
+    if unknown:
+        raise InputError(f"mesh: unknown axis {sorted(unknown)}; axes are {', '.join(MESH_AXES)}")
+    inferred = [axis for axis, size in sizes.items() if size == -1]
+    known = math.prod(size for size in sizes.values() if size != -1)
+    if len(inferred) > 1:
+        raise InputError(f"mesh: only one axis may be -1, found {', '.join(inferred)}")
+    if inferred and len(devices) % known == 0:
+        sizes[inferred[0]] = len(devices) // known
+    if math.prod(sizes.values()) != len(devices):
+        asked = " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1) or "one device"
+        raise InputError(
+            f"mesh: {asked} does not fit {len(devices)} devices; make the product {len(devices)}, "
+            "or give one axis -1 to let it take what the others leave"
+        )
+    grid = np.asarray(devices).reshape([sizes[axis] for axis in MESH_AXES])
+    return Mesh(grid, MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(MESH_AXES))
+
+
+def spec(logical: Sequence[str | None]) -> PartitionSpec:
+    """The PartitionSpec of an array whose axes have these logical names (None: replicated)."""
+    parts: list[Any] = []
+    for name in logical:
+        if name is not None and name not in RULES:
+            raise KeyError(f"logical axis {name!r} is not in sharding.RULES; it has {', '.join(RULES)}")
+        axes = RULES[name] if name is not None else ()
+        parts.append(None if not axes else axes[0] if len(axes) == 1 else axes)
+    return PartitionSpec(*parts)
+
+
+def named(mesh: Mesh, logical: Sequence[str | None]) -> NamedSharding:
+    """The NamedSharding on `mesh` for logical axis names."""
+    return NamedSharding(mesh, spec(logical))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def tree_shardings(mesh: Mesh, logical_tree: Any) -> Any:
+    """A tree of NamedShardings from a tree whose leaves are tuples of logical names."""
+    return jax.tree.map(lambda names: named(mesh, names), logical_tree, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over data and fsdp, length over context: the layout of every `_BL` array."""
+    return named(mesh, ("batch", "length"))
+
+
+def rows_divisor(mesh: Mesh) -> int:
+    """The number that a batch's rows must be divisible by."""
+    return math.prod(mesh.shape[axis] for axis in RULES["batch"])
