@@ -4,7 +4,7 @@
     python scripts/make_random_model.py --family qwen3 --size 15m --text rows.jsonl.gz --out runs/qwen3-15m
 
 The folder holds what a downloaded checkpoint holds: config.json, safetensors, tokenizer files with a ChatML template,
-and generation_config.json. Weights have the initial scale of Hugging Face models (normal, standard deviation 0.02, norms
+and generation_config.json. Weights have the initial scale of Hugging Face models (normal, deviation 0.02, norms
 one, biases zero), so a model tuned from them starts from nothing: use it to test and to measure, not to expect good
 answers. The parameter count is within 15 % of `--size`. Needs numpy, safetensors and tokenizers only.
 """
@@ -185,7 +185,7 @@ def config(family: str, width: int, layers: int, vocab: int, tied: bool, dtype: 
 
 
 def write_weights(folder: Path, tensors: dict[str, tuple[int, ...]], seed: int, dtype: str) -> None:
-    """One file, or numbered files with an index from 2 GB up. A tensor's values depend only on the seed and its name."""
+    """One file, or numbered files with an index above 2 GB. A tensor depends on the seed and its name only."""
     kind = np.dtype(ml_dtypes.bfloat16) if dtype == "bfloat16" else np.dtype(np.float32)
     files: list[dict[str, tuple[int, ...]]] = [{}]
     for name, shape in tensors.items():
