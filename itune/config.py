@@ -169,7 +169,7 @@ def configs_dir() -> Path:
 
 def default_config() -> Any:
     """A fresh ConfigDict with every key of `configs/default.py`, for a recipe to change."""
-    return _run_recipe(configs_dir() / "default.py")
+    return _run_recipe(configs_dir() / "default.py").lock()
 
 
 def load_config(path: str | os.PathLike, overrides: Mapping[str, Any] | None = None) -> Config:
@@ -244,8 +244,12 @@ def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
     for depth, name in enumerate(parents):
         field = _field(cls, name, ".".join(parents[:depth]))
         annotation = typing.get_type_hints(cls)[field.name]
-        node = node.setdefault(name, {})
-        if annotation is dict or not dataclasses.is_dataclass(annotation):
+        if not dataclasses.is_dataclass(annotation) and dict not in (annotation, *typing.get_args(annotation)):
+            raise InputError(f"config: {'.'.join(parents[: depth + 1])} is a key, not a section; found {dotted}")
+        if not isinstance(node.get(name), dict):
+            node[name] = {}
+        node = node[name]
+        if not dataclasses.is_dataclass(annotation):
             node[".".join([*parents[depth + 1 :], last])] = _literal(value)
             return
         cls = annotation

@@ -10,8 +10,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import flax.struct
-import jax
 import numpy as np
 
 
@@ -81,15 +79,18 @@ class Batch(NamedTuple):
     positions_BL: Any
 
 
-@flax.struct.dataclass
-class TrainState:
-    """Everything a step reads and writes. A pytree and nothing else.
+class TrainState(NamedTuple):
+    """Everything a step reads and writes. A pytree of arrays and nothing else.
 
     `trainable` is what the optimizer updates, `frozen` what the model also needs (empty for full tuning).
     """
 
-    step: jax.Array
+    step: Any
     trainable: Any
     frozen: Any
     opt_state: Any
-    rng: jax.Array
+    rng: Any
+
+    def replace(self, **changes: Any) -> TrainState:
+        """A copy with some fields changed."""
+        return self._replace(**changes)

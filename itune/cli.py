@@ -1,0 +1,128 @@
+"""The command line: verbs -> one call each; nothing else."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from itune import __version__
+from itune.types import InputError, RunError
+from itune.usage import build_parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb and return the exit code: 0 done, 1 the run failed, 2 the input is wrong, 143 preempted."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    parser = build_parser(__version__)
+    arguments, rest = parser.parse_known_args(argv)
+    if not arguments.verb:
+        parser.print_help()
+        return 2
+    try:
+        if rest and "config" not in arguments:
+            raise InputError(f"argument {rest[0]!r} is not understood; see itune {arguments.verb} --help")
+        arguments.overrides = rest
+        return VERBS[arguments.verb](arguments)
+    except InputError as error:
+        print(f"itune: {error}", file=sys.stderr)
+        return 2
+    except RunError as error:
+        print(f"itune: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("itune: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output (head, less) has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _config(arguments: argparse.Namespace) -> Any:
+    from itune.config import load_config, parse_overrides
+
+    return load_config(arguments.config, parse_overrides(arguments.overrides))
+
+
+def _finish(arguments: argparse.Namespace, result: Any) -> int:
+    """Write a verb's numbers, unrounded, where --json asks for them."""
+    if arguments.json:
+        Path(arguments.json).parent.mkdir(parents=True, exist_ok=True)
+        Path(arguments.json).write_text(json.dumps(result, indent=2, default=str) + "\n")
+    return 0
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from itune.demo.run import main as run_demo
+
+    return _finish(arguments, run_demo(workdir=arguments.workdir))
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from itune.loop import train
+
+    result = train(_config(arguments), workdir=arguments.workdir)
+    _finish(arguments, result.summary)
+    return 143 if result.preempted else 0
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from itune.loop import evaluate_saved
+
+    return _finish(arguments, evaluate_saved(
+        _config(arguments), workdir=arguments.workdir, step=arguments.step, model_folder=arguments.model,
+        out=arguments.out,
+    ))
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from itune.export import export_run
+
+    return _finish(arguments, export_run(
+        arguments.workdir, arguments.out, step=arguments.step, dtype=arguments.dtype
+    ))
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from itune.chat import generate_file
+
+    return _finish(arguments, generate_file(
+        arguments.model, arguments.prompts, max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature, seed=arguments.seed, out=arguments.out,
+    ))
+
+
+def _chat(arguments: argparse.Namespace) -> int:
+    from itune.chat import chat
+
+    chat(arguments.model, max_new_tokens=arguments.max_new_tokens, temperature=arguments.temperature)
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from itune.report import write_report
+
+    print(write_report(arguments.workdir))
+    return 0
+
+
+def _data(arguments: argparse.Namespace) -> int:
+    from itune.data import show
+
+    config = _config(arguments)
+    if arguments.action == "stats":
+        return _finish(arguments, show.stats(config))
+    return _finish(arguments, show.show(config, index=arguments.index, source=arguments.source, limit=arguments.limit))
+
+
+VERBS = {
+    "demo": _demo, "train": _train, "eval": _eval, "export": _export, "generate": _generate, "chat": _chat,
+    "report": _report, "data": _data,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

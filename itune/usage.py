@@ -1,0 +1,115 @@
+"""What the command line understands: verbs, options, help texts with an example each."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+from typing import Any
+
+START = """start here:
+  itune demo
+  itune train --config sft --config.model.path=MODEL --config.data.train=FILE --workdir runs/x
+
+every config key can be set on the command line: --config.optimizer.learning_rate=1e-5"""
+
+_CONFIG_HELP = "a recipe's file or shipped name (sft), or a run's config.json"
+_TRAIN_EXAMPLE = "itune train --config sft --config.model.path=MODEL --config.data.train=my.jsonl --workdir runs/x"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors and no abbreviated options."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        shape: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+        super().__init__(**{**kwargs, **shape})
+
+    def error(self, message: str) -> Any:
+        choice = re.match(r".*invalid choice: '(.*?)' \(choose from (.*)\)", message)
+        near = difflib.get_close_matches(choice[1], re.findall(r"[\w-]+", choice[2]), n=1) if choice else []
+        message += f"; did you mean {near[0]}?" if near else ""
+        self.exit(2, f"itune: {message}; see {self.prog} --help\n")
+
+
+def build_parser(version: str) -> Parser:
+    """The parser of all verbs; the chosen verb is in `.verb` (and `.action` for data)."""
+    parser = Parser(
+        prog="itune", description="From a pretrained language model to one that follows instructions.", epilog=START
+    )
+    parser.add_argument("--version", action="version", version=f"itune {version}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB")
+
+    sub = _verb(verbs, "demo", "the whole job on a small model, offline, in minutes", "itune demo")
+    sub.add_argument("--workdir", default="runs/demo", metavar="DIR", help="where the run goes (default: runs/demo)")
+    _json(sub)
+
+    sub = _verb(verbs, "train", "tune a model; the same command again resumes", _TRAIN_EXAMPLE)
+    _config(sub)
+    sub.add_argument("--workdir", required=True, metavar="DIR", help="the run directory")
+    _json(sub)
+
+    sub = _verb(verbs, "eval", "judge a checkpoint or a model folder on held-out items",
+                "itune eval --config runs/x/config.json --workdir runs/x")
+    _config(sub)
+    which = sub.add_mutually_exclusive_group(required=True)
+    which.add_argument("--workdir", metavar="DIR", help="a run directory")
+    which.add_argument("--model", metavar="FOLDER", help="a model folder or hub id")
+    sub.add_argument("--step", type=int, metavar="N", help="checkpoint of this step (default: the newest)")
+    sub.add_argument("--out", metavar="DIR", help="where the items go (default: the run's eval folder, or eval-MODEL)")
+    _json(sub)
+
+    sub = _verb(verbs, "export", "write a run's model as a Hugging Face folder, proven by reloading it",
+                "itune export --workdir runs/x --out models/x")
+    sub.add_argument("--workdir", required=True, metavar="DIR", help="a run directory")
+    sub.add_argument("--out", required=True, metavar="FOLDER", help="the folder to write")
+    sub.add_argument("--step", type=int, metavar="N", help="checkpoint of this step (default: the newest)")
+    sub.add_argument("--dtype", choices=("float32", "bfloat16"), help="dtype of the weights (default: the source's)")
+    _json(sub)
+
+    sub = _verb(verbs, "generate", "answer the prompts of a file",
+                "itune generate --model models/x --prompts questions.txt")
+    _model(sub)
+    sub.add_argument("--prompts", required=True, metavar="FILE", help="text (a prompt a line) or JSONL")
+    sub.add_argument("--out", metavar="FILE", help="write the answers there as JSONL")
+    sub.add_argument("--seed", type=int, default=0, metavar="N", help="sampling seed (default 0)")
+    _json(sub)
+
+    _model(_verb(verbs, "chat", "talk to a model in the terminal", "itune chat --model models/x"))
+
+    sub = _verb(verbs, "report", "write a run's report page", "itune report runs/x")
+    sub.add_argument("workdir", metavar="DIR", help="a run directory")
+
+    data = _verb(verbs, "data", "look at the data before spending compute", "itune data stats --config sft ...")
+    actions = data.add_subparsers(dest="action", metavar="ACTION", required=True)
+    arguments = "--config sft --config.model.path=MODEL --config.data.train=my.jsonl"
+    sub = _verb(actions, "show", "decoded examples, coloured by weight, with tokens and truncation",
+                f"itune data show {arguments}")
+    _config(sub)
+    sub.add_argument("--index", type=int, metavar="I", help="one example by its number")
+    sub.add_argument("--source", metavar="NAME", help="examples of this source only")
+    sub.add_argument("--limit", type=int, default=3, metavar="N", help="how many examples (default 3)")
+    _json(sub)
+    sub = _verb(actions, "stats", "lengths, drops with reasons, packing efficiency, steps per epoch",
+                f"itune data stats {arguments}")
+    _config(sub)
+    _json(sub)
+    return parser
+
+
+def _verb(parent: Any, name: str, summary: str, example: str) -> Parser:
+    return parent.add_parser(name, help=summary, description=summary, epilog=f"example:\n  {example}")
+
+
+def _json(sub: Parser) -> None:
+    sub.add_argument("--json", metavar="PATH", help="also write the numbers there, unrounded")
+
+
+def _config(sub: Parser) -> None:
+    sub.add_argument("--config", required=True, metavar="F", help=_CONFIG_HELP)
+    sub.epilog = f"{sub.epilog}\n\nany config key: --config.train.epochs=2 (configs/default.py explains each)"
+
+
+def _model(sub: Parser) -> None:
+    sub.add_argument("--model", required=True, metavar="FOLDER", help="a model folder or hub id")
+    sub.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer (default 256)")
+    sub.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default): the likeliest token")

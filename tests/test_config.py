@@ -1,0 +1,85 @@
+"""Config: strict keys, types and ranges; every recipe loads; default.py and the dataclasses agree."""
+
+import json
+
+import pytest
+
+from itune import config as cfg
+from itune.types import InputError
+
+RECIPES = sorted(path.stem for path in cfg.configs_dir().glob("*.py"))
+
+
+def test_default_file_holds_every_key_with_the_dataclass_default():
+    tree = cfg.load_config("default").to_dict()
+    assert tree == cfg.Config().to_dict()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_loads_and_round_trips_through_its_json(recipe, tmp_path):
+    config = cfg.load_config(recipe)
+    saved = tmp_path / "config.json"
+    saved.write_text(json.dumps(config.to_dict()))
+    assert cfg.load_config(saved) == config
+
+
+@pytest.mark.parametrize("recipe", [r for r in RECIPES if r != "default"])
+def test_recipe_header_says_how_to_run_it(recipe):
+    text = (cfg.configs_dir() / f"{recipe}.py").read_text()
+    for word in ("command ", "hardware ", "memory ", "expected "):
+        assert f"\n{word}" in text, f"{recipe} has no line `{word}` in its header"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("optimizer.learning_rte", 1, "did you mean optimizer.learning_rate?"),
+        ("learning_rate", 1, "did you mean optimizer.learning_rate?"),
+        ("optimiser.learning_rate", 1, "did you mean optimizer"),
+        ("train.epochs", "abc", "train.epochs (passes over the data) must be float, found str 'abc'"),
+        ("train.epochs", "0", "must be above 0.0, found 0.0"),
+        ("train.batch_size", "2.5", "train.batch_size (rows of the global batch) must be int, found float 2.5"),
+        ("train.batch_size", "True", "must be int, found bool True"),
+        ("optimizer.schedule", "cosin", "(nearest: cosine)"),
+        ("optimizer.b2", "1.5", "at most 1.0, found 1.5"),
+        ("optimizer.learning_rate", "nan", "found"),
+        ("optimizer", "3", "is a section"),
+        ("model.path.x", "3", "model.path is a key, not a section"),
+    ],
+)
+def test_wrong_override_is_one_clear_error(key, value, said):
+    with pytest.raises(InputError) as error:
+        cfg.load_config("default", {key: value})
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_overrides_take_the_type_of_their_key():
+    config = cfg.load_config("default", {
+        "optimizer.learning_rate": "1e-5", "train.epochs": "3", "model.path": "123", "data.train": "('a', 'b')",
+        "data.packing": "false", "data.mixture.gsm8k": "0.3", "data.fields": "{'prompt': 'q'}",
+        "evaluators": "['heldout_loss']",
+    })
+    assert config.optimizer.learning_rate == 1e-5
+    assert config.train.epochs == 3.0
+    assert config.model.path == "123"
+    assert config.data.train == ("a", "b")
+    assert config.data.packing is False
+    assert config.data.mixture == {"gsm8k": 0.3}
+    assert config.data.fields == {"prompt": "q"}
+    assert config.evaluators == ("heldout_loss",)
+
+
+def test_missing_recipe_names_the_nearest():
+    with pytest.raises(InputError, match=r"nearest: sft"):
+        cfg.load_config("sftt")
+
+
+def test_recipe_that_raises_is_named_with_its_line(tmp_path):
+    recipe = tmp_path / "mine.py"
+    recipe.write_text(
+        "from itune.config import default_config\n\ndef get_config():\n    c = default_config()\n"
+        "    c.optimizer.learning_rte = 1\n    return c\n"
+    )
+    with pytest.raises(InputError, match=r"mine.py:5: .*learning_rte.*Did you mean"):
+        cfg.load_config(recipe)
