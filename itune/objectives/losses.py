@@ -1,0 +1,161 @@
+"""Cross-entropy whose full logits never exist.
+
+Tokens of weight 0 are left out before the head, the others pass it in chunks. The forward pass also forms the gradients of
+hidden states and head kernel, so that each chunk's logits are computed once: 6 T D V floating point operations for forward
+and backward together, where recomputing takes 8. On a mesh every device orders its own tokens; what moves between devices is
+the kernel, once, and its gradient, once.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from itune.sharding import spec
+
+LogitsFn = Callable[[Any, Any], Any]
+
+
+class CrossEntropy(NamedTuple):
+    """`loss_sum` = sum(weights * nll) is differentiable; `nll` and `correct` (per token, float32) are not.
+
+    Both are 0 for tokens of weight 0. A token counts as correct when no other logit exceeds its target's.
+    """
+
+    loss_sum: Any
+    nll: Any
+    correct: Any
+
+
+def chunked_cross_entropy(
+    logits_fn: LogitsFn, kernel_VD: Any, hidden: Any, targets: Any, weights: Any, *, chunk: int = 1024,
+    mesh: Mesh | None = None,
+) -> CrossEntropy:
+    """Weighted negative log-likelihood of `targets`, in float32, `chunk` tokens at a time on each device.
+
+    hidden: (B, L, D) or (T, D) in the compute dtype; targets int32 and weights float32 >= 0 of the leading shape.
+    `logits_fn(kernel_VD, hidden_TD) -> logits_TV` float32 must work on each vocabulary entry alone (scale, softcap), since
+    on a mesh with a `tensor` axis it sees a shard of the vocabulary. With `mesh`, hidden must be (B, L, D), its rows
+    divisible by data x fsdp and its length by context.
+    """
+    kernel_VD = jnp.asarray(kernel_VD)
+    outputs = _cross_entropy(_Static(logits_fn, chunk, mesh), kernel_VD, hidden, targets, weights.astype(jnp.float32))
+    return CrossEntropy(outputs.loss_sum, *map(jax.lax.stop_gradient, outputs[1:]))
+
+
+class _Static(NamedTuple):
+    logits_fn: LogitsFn
+    chunk: int
+    mesh: Mesh | None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _cross_entropy(static: _Static, kernel_VD: Any, hidden: Any, targets: Any, weights: Any) -> CrossEntropy:
+    return _run(static, False, kernel_VD, hidden, targets, weights)[0]
+
+
+def _forward(static: _Static, kernel_VD: Any, hidden: Any, targets: Any, weights: Any) -> Any:
+    return _run(static, True, kernel_VD, hidden, targets, weights)
+
+
+def _backward(static: _Static, gradients: Any, cotangents: CrossEntropy) -> Any:
+    dkernel_VD, dhidden = gradients
+    scale = cotangents.loss_sum
+    return (scale * dkernel_VD).astype(dkernel_VD.dtype), (scale * dhidden).astype(dhidden.dtype), None, None
+
+
+_cross_entropy.defvjp(_forward, _backward)
+
+
+def _run(static: _Static, with_gradients: bool, kernel_VD: Any, hidden: Any, targets: Any, weights: Any) -> Any:
+    """CrossEntropy and, when asked, (dkernel_VD, dhidden) of the loss sum: on one device, or under shard_map."""
+    mesh = static.mesh
+    if mesh is None or mesh.size == 1:
+        return _local(static, with_gradients, (), "", kernel_VD, hidden, targets, weights)
+    rows = spec(("batch", "length"))
+    row_axes = tuple(axis for axis in ("data", "fsdp", "context") if mesh.shape[axis] > 1)
+    split_vocab = mesh.shape["tensor"] > 1 and kernel_VD.shape[0] % mesh.shape["tensor"] == 0
+    kernel_spec = PartitionSpec("tensor" if split_vocab else None, None)
+    hidden_spec = PartitionSpec(*rows, None)
+    loss_specs = CrossEntropy(PartitionSpec(), rows, rows)
+    body = functools.partial(_local, static, with_gradients, row_axes, "tensor" if split_vocab else "")
+    return jax.shard_map(
+        body, mesh=mesh, in_specs=(kernel_spec, hidden_spec, rows, rows),
+        out_specs=(loss_specs, (kernel_spec, hidden_spec) if with_gradients else None), check_vma=False,
+    )(kernel_VD, hidden, targets, weights)
+
+
+def _local(
+    static: _Static, with_gradients: bool, row_axes: tuple[str, ...], vocab_axis: str,
+    kernel_VD: Any, hidden: Any, targets: Any, weights: Any,
+) -> Any:
+    """The tokens of one device. `row_axes`: mesh axes over which tokens are spread; `vocab_axis`: the vocabulary's, or ""."""
+    hidden_TD, targets_T, weights_T = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), weights.reshape(-1)
+    tokens = targets_T.shape[0]
+    chunk = min(static.chunk, tokens)
+    # places of the supervised tokens, in order; the rest points past the end, where reads clip and writes drop
+    places = jnp.nonzero(weights_T > 0, size=math.ceil(tokens / chunk) * chunk, fill_value=tokens)[0]
+    count = jnp.sum(weights_T > 0)
+    if row_axes:  # every device takes the same number of turns, whatever its own tokens
+        count = jax.lax.pmax(count, row_axes)
+    head = functools.partial(_chunk, static.logits_fn, with_gradients, vocab_axis, kernel_VD)
+
+    def turn(i: Any, carry: Any) -> Any:
+        total, nll_T, correct_T, gradients = carry
+        at = jax.lax.dynamic_slice_in_dim(places, i * chunk, chunk)
+        weights_C = jnp.where(at < tokens, weights_T.at[at].get(mode="clip"), 0)
+        nll_C, correct_C, chunk_gradients = head(
+            hidden_TD.at[at].get(mode="clip"), targets_T.at[at].get(mode="clip"), weights_C)
+        if with_gradients:
+            dkernel_VD, dhidden_TD = gradients
+            dkernel_C, dhidden_C = chunk_gradients
+            gradients = (dkernel_VD + dkernel_C.astype(jnp.float32),
+                         dhidden_TD.at[at].set(dhidden_C.astype(dhidden_TD.dtype), mode="drop"))
+        nll_T = nll_T.at[at].set(nll_C, mode="drop")
+        return total + jnp.sum(weights_C * nll_C), nll_T, correct_T.at[at].set(correct_C, mode="drop"), gradients
+
+    zeros_T = jnp.zeros((tokens,), jnp.float32)
+    gradients = (jnp.zeros(kernel_VD.shape, jnp.float32), jnp.zeros_like(hidden_TD)) if with_gradients else None
+    carry = (jnp.zeros((), jnp.float32), zeros_T, zeros_T, gradients)
+    total, nll_T, correct_T, gradients = jax.lax.fori_loop(0, (count + chunk - 1) // chunk, turn, carry)
+    if gradients is not None:
+        dkernel_VD, dhidden_TD = gradients
+        if row_axes:
+            dkernel_VD = jax.lax.psum(dkernel_VD, row_axes)
+        gradients = dkernel_VD.astype(kernel_VD.dtype), dhidden_TD.reshape(hidden.shape)
+    if row_axes:
+        total = jax.lax.psum(total, row_axes)
+    return CrossEntropy(total, nll_T.reshape(targets.shape), correct_T.reshape(targets.shape)), gradients
+
+
+def _chunk(
+    logits_fn: LogitsFn, with_gradients: bool, vocab_axis: str, kernel_VD: Any, hidden_TD: Any, targets_T: Any, weights_T: Any
+) -> Any:
+    """(nll_T, correct_T, (dkernel_VD, dhidden_TD) or None) of one chunk."""
+    if with_gradients:
+        logits_TV, pull = jax.vjp(logits_fn, kernel_VD, hidden_TD)
+    else:
+        logits_TV, pull = logits_fn(kernel_VD, hidden_TD), None
+    first = jax.lax.axis_index(vocab_axis) * logits_TV.shape[-1] if vocab_axis else 0
+    is_target_TV = jnp.arange(logits_TV.shape[-1])[None, :] + first == targets_T[:, None]
+    highest_T = jnp.max(logits_TV, axis=-1)
+    highest_T = jax.lax.pmax(highest_T, vocab_axis) if vocab_axis else highest_T
+    normaliser_T = jnp.sum(jnp.exp(logits_TV - highest_T[:, None]), axis=-1)
+    target_T = jnp.sum(jnp.where(is_target_TV, logits_TV, 0), axis=-1)
+    if vocab_axis:
+        normaliser_T, target_T = jax.lax.psum((normaliser_T, target_T), vocab_axis)
+    nll_T = highest_T + jnp.log(normaliser_T) - target_T
+    correct_T = (target_T >= highest_T).astype(jnp.float32)
+    if pull is None:
+        return nll_T, correct_T, None
+    softmax_TV = jnp.exp(logits_TV - highest_T[:, None]) / normaliser_T[:, None]
+    dkernel_VD, dhidden_TD = pull(weights_T[:, None] * (softmax_TV - is_target_TV))
+    if vocab_axis:
+        dhidden_TD = jax.lax.psum(dhidden_TD, vocab_axis)
+    return nll_T, correct_T, (dkernel_VD, dhidden_TD)

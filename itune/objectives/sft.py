@@ -1,0 +1,76 @@
+"""Supervised fine-tuning: the weighted negative log-likelihood of the target tokens, under four ways to weight it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from itune.objectives.losses import CrossEntropy, chunked_cross_entropy
+from itune.objectives.objective import Objective
+from itune.types import Batch, InputError
+
+WEIGHTINGS = ("token", "example", "microbatch_mean", "sum")
+
+
+def full_parameters(trainable: Any, frozen: Any) -> Any:
+    """The model's parameters when all of them train."""
+    return trainable
+
+
+def make_sft(
+    model: Any, weighting: str = "token", chunk: int = 1024, *,
+    parameters: Callable[[Any, Any], Any] = full_parameters,
+) -> Objective:
+    """The objective of supervised fine-tuning for `model`. Its step minimises, over the global batch:
+
+    token: sum(w * nll) / sum(w). example: the mean over examples of each one's weighted mean.
+    microbatch_mean: the mean over micro-batches of each one's weighted mean, as trainers did before they counted tokens
+    globally; it depends on `train.accumulation`. sum: sum(w * nll), divided by nothing.
+
+    `chunk`: tokens whose logits exist at one time on each device. `parameters(trainable, frozen)`: what the model reads.
+    Raises InputError for an unknown weighting.
+    """
+    if weighting not in WEIGHTINGS:
+        near = difflib.get_close_matches(weighting, WEIGHTINGS, n=1)
+        hint = f" (nearest: {near[0]})" if near else ""
+        raise InputError(f"config: loss.weighting must be one of {', '.join(WEIGHTINGS)}, found {weighting!r}{hint}")
+
+    def cross_entropy(trainable: Any, frozen: Any, batch: Batch, weights_BL: Any, rng: Any) -> CrossEntropy:
+        params = parameters(trainable, frozen)
+        hidden_BLD = model.hidden(params, batch.tokens_BL, batch.segment_ids_BL, batch.positions_BL, rng=rng)
+        return chunked_cross_entropy(model.head_logits, model.unembed(params), hidden_BLD, batch.targets_BL, weights_BL,
+                                     chunk=chunk, mesh=model.mesh)
+
+    def loss(trainable: Any, frozen: Any, batch: Batch, rng: Any) -> tuple[Any, Any, dict[str, Any]]:
+        weights_BL, weight_sum = batch.loss_weights_BL, jnp.sum(batch.loss_weights_BL)
+        if weighting == "example":
+            weights_BL, weight_sum = example_weights(weights_BL, batch.segment_ids_BL)
+        if weighting == "microbatch_mean":
+            weights_BL = weights_BL / jnp.where(weight_sum > 0, weight_sum, 1)
+            weight_sum = (weight_sum > 0).astype(jnp.float32)
+        result = cross_entropy(trainable, frozen, batch, weights_BL, rng)
+        return result.loss_sum, weight_sum, {"correct": jnp.sum(result.correct)}
+
+    def per_token(trainable: Any, frozen: Any, batch: Batch) -> tuple[Any, Any]:
+        result = cross_entropy(trainable, frozen, batch, batch.loss_weights_BL, None)
+        return result.nll, result.correct
+
+    return Objective(loss, per_token, divide=weighting != "sum")
+
+
+def example_weights(weights_BL: Any, segment_ids_BL: Any) -> tuple[Any, Any]:
+    """Weights that sum to 1 over each example (each segment of a row), and the number of examples that carry weight.
+
+    Segment ids must lie in 0..L. An example whose weights are all 0 stays at 0 and is not counted.
+    """
+    def one_row(weights_L: Any, segments_L: Any) -> tuple[Any, Any]:
+        sums_S = jax.ops.segment_sum(weights_L, segments_L, num_segments=segments_L.shape[0] + 1)
+        total_L = sums_S[segments_L]
+        return weights_L / jnp.where(total_L > 0, total_L, 1), jnp.sum(sums_S > 0)
+
+    scaled_BL, counts_B = jax.vmap(one_row)(weights_BL, segment_ids_BL)
+    return scaled_BL, jnp.sum(counts_B).astype(jnp.float32)

@@ -1,0 +1,177 @@
+"""Learning-rate schedules, the decay mask, and the optimizer by name."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from itune.types import InputError
+
+Schedule = Callable[[Any], Any]
+
+# what weight decay leaves alone: norms and biases, by any part of a parameter's path
+NO_DECAY = re.compile(r"(^|_)(norm|layernorm|rmsnorm|bias)($|_|\d)")
+DECAY_SHARE_OF_WSD = 0.2
+
+
+def learning_rates(section: Any, total_steps: int) -> np.ndarray:
+    """The learning rate of steps 0..total_steps in float64 (total_steps + 1 numbers; the last is where the run arrives).
+
+    With w warm-up steps of T: k / w while k < w, then linear (T - k) / (T - w), cosine (1 + cos(pi (k - w) / (T - w))) / 2,
+    constant 1, or wsd: 1, and linear to 0 over the last 20 % of T. `warmup` below 1 is a share of T, rounded up. These are
+    transformers' schedules (`optimization.py`); step 0 of a warm-up has learning rate 0.
+    """
+    warmup = math.ceil(section.warmup * total_steps) if section.warmup < 1 else int(section.warmup)
+    k = np.arange(total_steps + 1, dtype=np.float64)
+    left = np.maximum(0.0, total_steps - k)
+    if section.schedule == "linear":
+        after = left / max(1, total_steps - warmup)
+    elif section.schedule == "cosine":
+        after = np.maximum(0.0, 0.5 * (1.0 + np.cos(np.pi * (k - warmup) / max(1, total_steps - warmup))))
+    elif section.schedule == "constant":
+        after = np.ones_like(k)
+    elif section.schedule == "wsd":
+        after = np.minimum(1.0, left / max(1, int(DECAY_SHARE_OF_WSD * total_steps)))
+    else:
+        raise InputError(f"config: optimizer.schedule must be linear, cosine, constant or wsd, found {section.schedule!r}")
+    return section.learning_rate * np.where(k < warmup, k / max(1, warmup), after)
+
+
+def make_schedule(section: Any, total_steps: int) -> Schedule:
+    """`schedule(step) -> learning rate` (float32), step counted from 0, past the end the last value.
+
+    The rates are computed in float64 and rounded once, as torch does, so they equal a torch run's.
+    """
+    table = learning_rates(section, total_steps).astype(np.float32)
+    return lambda step: jnp.asarray(table)[jnp.minimum(step, total_steps)]
+
+
+def decay_mask(params: Any) -> Any:
+    """True for every parameter that weight decay shrinks: all but norms and biases."""
+    def decayed(path: Any, _: Any) -> bool:
+        return not any(NO_DECAY.search(str(getattr(key, "key", getattr(key, "name", key)))) for key in path)
+
+    return jax.tree_util.tree_map_with_path(decayed, params)
+
+
+def clip_by_global_norm(gradients: Any, max_norm: float, eps: float = 1e-6) -> tuple[Any, Any]:
+    """(gradients * min(1, max_norm / (norm + eps)), norm before clipping); max_norm 0 clips nothing.
+
+    With the default `eps` this is `torch.nn.utils.clip_grad_norm_`.
+    """
+    norm = optax.tree.norm(gradients)
+    if max_norm == 0:
+        return gradients, norm
+    factor = jnp.minimum(1.0, max_norm / (norm + eps))
+    return jax.tree.map(lambda g: g * factor.astype(g.dtype), gradients), norm
+
+
+def adamw(
+    learning_rate: Schedule, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0,
+    mask: Any = None, mu_dtype: Any = jnp.float32, nu_dtype: Any = jnp.float32,
+) -> optax.GradientTransformation:
+    """AdamW as torch computes it: p <- p (1 - lr wd) - lr m_hat / (sqrt(v_hat) + eps), both from the step's learning rate.
+
+    Bias corrections 1 - b^t go through expm1: in float32 the power itself is off by 1e-5 for b = 0.999 at t = 1.
+    """
+    def init(params: Any) -> optax.ScaleByAdamState:
+        return optax.ScaleByAdamState(
+            count=jnp.zeros((), jnp.int32),
+            mu=jax.tree.map(lambda p: jnp.zeros_like(p, mu_dtype), params),
+            nu=jax.tree.map(lambda p: jnp.zeros_like(p, nu_dtype), params))
+
+    def update(gradients: Any, state: Any, params: Any = None) -> tuple[Any, optax.ScaleByAdamState]:
+        rate, count = learning_rate(state.count), state.count + 1
+        correction1, correction2 = (-jnp.expm1(count * np.float32(math.log(b))) if b else 1.0 for b in (b1, b2))
+        mu = jax.tree.map(lambda m, g: b1 * m.astype(jnp.float32) + (1 - b1) * g, state.mu, gradients)
+        nu = jax.tree.map(lambda v, g: b2 * v.astype(jnp.float32) + (1 - b2) * g * g, state.nu, gradients)
+
+        def change(m: Any, v: Any, p: Any, decayed: bool) -> Any:
+            shrink = rate * weight_decay * p.astype(jnp.float32) if weight_decay and decayed else 0.0
+            return -(rate / correction1) * m / (jnp.sqrt(v) / jnp.sqrt(correction2) + eps) - shrink
+
+        decayed = mask(params) if mask is not None else jax.tree.map(lambda _: True, params)
+        updates = jax.tree.map(change, mu, nu, params, decayed)
+        mu = jax.tree.map(lambda m: m.astype(mu_dtype), mu)
+        nu = jax.tree.map(lambda v: v.astype(nu_dtype), nu)
+        return updates, optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
+
+    return optax.GradientTransformation(init, update)
+
+
+def make_optimizer(section: Any, total_steps: int, params_abstract: Any = None) -> optax.GradientTransformation:
+    """The optimizer that `section` (config `optimizer`) names, its schedule inside; clipping is the step's.
+
+    `adamw` is torch's. Any other name is an optax optimizer that takes `learning_rate`; it gets `optimizer.options`, and
+    weight_decay, b1, b2, eps and moment_dtype where they differ from the defaults. `sgd` decays as torch's does: the decay
+    joins the gradient. Raises InputError for an unknown name or option, and for a setting that the optimizer cannot follow.
+    """
+    schedule = make_schedule(section, total_steps)
+    if section.name == "adamw":
+        settings = {"b1": section.b1, "b2": section.b2, "eps": section.eps, "weight_decay": section.weight_decay,
+                    "mask": decay_mask, "mu_dtype": jnp.dtype(section.moment_dtype)}
+        return adamw(schedule, **_accepted("adamw", adamw, {**settings, **_dtypes(section.options)}))
+    names = optimizer_names()
+    if section.name not in names:
+        near = difflib.get_close_matches(section.name, names, n=1, cutoff=0.4)
+        hint = f"; nearest: {near[0]}" if near else ""
+        raise InputError(f"config: optimizer.name {section.name!r} is neither adamw nor an optax optimizer{hint}; "
+                         f"there are {', '.join(names)}")
+    build = getattr(optax, section.name)
+    settings = _changed(section, inspect.signature(build).parameters)
+    optimizer = build(schedule, **_accepted(section.name, build, {**settings, **_dtypes(section.options)}))
+    if section.name == "sgd" and section.weight_decay:
+        optimizer = optax.chain(optax.add_decayed_weights(section.weight_decay, decay_mask), optimizer)
+    return optimizer
+
+
+def optimizer_names() -> list[str]:
+    """`adamw` and every optax optimizer that needs nothing but a learning rate."""
+    names = []
+    for name, build in vars(optax).items():
+        if name.islower() and inspect.isfunction(build) and "learning_rate" in (known := inspect.signature(build).parameters):
+            needed = [p for p in known.values() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+            if [p.name for p in needed] in (["learning_rate"], []):
+                names.append(name)
+    return sorted({*names, "adamw"})
+
+
+def _changed(section: Any, known: Any) -> dict[str, Any]:
+    """Settings of the section that differ from their defaults, under the names that the optax optimizer gives them."""
+    settings: dict[str, Any] = {}
+    defaults = {"b1": 0.9, "b2": 0.999, "eps": 1e-8}
+    settings.update({name: getattr(section, name) for name, default in defaults.items() if getattr(section, name) != default})
+    if section.weight_decay and section.name != "sgd":
+        settings["weight_decay_rate" if "weight_decay_rate" in known else "weight_decay"] = section.weight_decay
+        for name in ("mask", "weight_decay_mask"):
+            if name in known:
+                settings[name] = decay_mask
+    if section.moment_dtype != "float32":
+        name = next((n for n in ("mu_dtype", "accumulator_dtype", "dtype_momentum") if n in known), "moment_dtype")
+        settings[name] = jnp.dtype(section.moment_dtype)
+    return settings
+
+
+def _dtypes(options: Any) -> dict[str, Any]:
+    """Options with the text of every `*dtype*` key as a dtype."""
+    return {key: jnp.dtype(value) if "dtype" in key and isinstance(value, str) else value for key, value in options.items()}
+
+
+def _accepted(name: str, build: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """`settings`, after a check that the optimizer takes each of them."""
+    known = [key for key in inspect.signature(build).parameters if key != "learning_rate"]
+    for key in settings:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; nearest: {near[0]}" if near else ""
+            raise InputError(f"config: optimizer {name!r} has no setting {key!r}{hint}; it takes {', '.join(known)}")
+    return settings
