@@ -90,3 +90,19 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def rows_divisor(mesh: Mesh) -> int:
     """The number that a batch's rows must be divisible by."""
     return math.prod(mesh.shape[axis] for axis in RULES["batch"])
+
+
+def constrain(x: jax.Array, mesh: Mesh | None, logical: Sequence[str | None]) -> jax.Array:
+    """`x` laid out by its logical axes; a dimension that its mesh axes do not divide stays whole on every device.
+
+    For activations and caches, whose sizes a caller may choose freely. Without a mesh nothing happens.
+    """
+    if mesh is None:
+        return x
+    names = [name if name is not None and x.shape[i] % axis_size(mesh, name) == 0 else None for i, name in enumerate(logical)]
+    return jax.lax.with_sharding_constraint(x, named(mesh, names))
+
+
+def axis_size(mesh: Mesh, logical: str) -> int:
+    """The number of shards that a logical axis is cut into."""
+    return math.prod(mesh.shape[axis] for axis in RULES[logical])

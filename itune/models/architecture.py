@@ -1,0 +1,95 @@
+"""Every architectural switch of the decoder, without a family's name. Families translate their configs to this."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding: base frequency and how it is stretched to longer contexts.
+
+    scaling: none | linear (positions divided by `factor`) | llama3 (Llama 3.1, by wavelength) | yarn (arXiv 2309.00071).
+    `original_length` is the context of pretraining in tokens; `attention_factor` multiplies cos and sin (yarn).
+    """
+
+    base: float = 10000.0
+    scaling: str = "none"
+    factor: float = 1.0
+    original_length: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerKind:
+    """What may differ between the layers of one model, all of it static.
+
+    window: tokens a query sees, itself included (None sees all before it). rope None: no position embedding.
+    """
+
+    window: int | None = None
+    rope: Rope | None = Rope()
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """One decoder. Widths in elements; `kinds` has one LayerKind a layer; `max_length` is in tokens."""
+
+    vocab_size: int
+    width: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_width: int
+    kinds: tuple[LayerKind, ...]
+    max_length: int
+    activation: str = "silu"
+    norm_eps: float = 1e-6
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    tie_embeddings: bool = False
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        if len(self.kinds) != self.num_layers:
+            raise ValueError(f"{self.num_layers} layers need as many kinds, found {len(self.kinds)}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"{self.num_heads} query heads are not a multiple of {self.num_kv_heads} key/value heads")
+
+    @property
+    def ropes(self) -> tuple[Rope, ...]:
+        """The different rotary embeddings of the model, each once."""
+        return tuple(dict.fromkeys(kind.rope for kind in self.kinds if kind.rope is not None))
+
+
+def layer_plan(kinds: tuple[LayerKind, ...]) -> tuple[int, int]:
+    """(period, repeats): the first period * repeats layers repeat one block and are scanned, the others are unrolled.
+
+    The choice leaves the fewest layers to compile; among equals the shortest block.
+    """
+    best = (len(kinds), 1)
+    cost = len(kinds)
+    for period in range(1, len(kinds)):
+        repeats = 1
+        while kinds[repeats * period : (repeats + 1) * period] == kinds[:period]:
+            repeats += 1
+        unrolled = period + len(kinds) - period * repeats
+        if unrolled < cost:
+            best, cost = (period, repeats), unrolled
+    return best
+
+
+def layer_place(kinds: tuple[LayerKind, ...], layer: int) -> tuple[str, int | None]:
+    """Where a layer's parameters stand: ("blocks/layer_i", index on the stacked axis), or ("rest/layer_i", None)."""
+    period, repeats = layer_plan(kinds)
+    if layer < period * repeats:
+        return f"blocks/layer_{layer % period}", layer // period
+    return f"rest_{layer - period * repeats}", None

@@ -1,0 +1,34 @@
+"""Qwen2 and Qwen2.5: Llama with biases on query, key and value."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from itune.models.architecture import ModelConfig
+from itune.models.families.common import (
+    LLAMA_WEIGHTS,
+    OLD_ROTARY,
+    Fields,
+    read_kinds,
+    read_rope,
+    read_shared,
+    write_shared,
+    write_windows,
+)
+
+WEIGHTS = LLAMA_WEIGHTS
+IGNORED = (OLD_ROTARY,)
+
+
+def config_from_hf(hf: Fields) -> ModelConfig:
+    window = hf.get("sliding_window", int, 4096) if hf.get("use_sliding_window", bool, False) else None
+    first_windowed = hf.get("max_window_layers", int, 28)
+    return ModelConfig(
+        **read_shared(hf, kv_heads=32, head_dim=None),
+        kinds=read_kinds(hf, read_rope(hf), window, first_windowed),
+        qkv_bias=True,
+    )
+
+
+def config_to_hf(config: ModelConfig) -> dict[str, Any]:
+    return write_shared(config, "qwen2", "Qwen2ForCausalLM") | write_windows(config)

@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints: find the files, plan what maps to what, read slices, write folders. No torch."""

@@ -1,0 +1,161 @@
+"""A checkpoint folder on disk: where it is, its config, and the headers of its safetensors files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+import struct
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from itune.types import InputError
+
+DTYPES: dict[str, Any] = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja"]
+MAX_HEADER = 100 << 20  # bytes, the limit of the safetensors library
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor in a file: its dtype as safetensors names it, and the bytes it takes, counted from the file's start."""
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+def find_folder(path_or_repo: str | os.PathLike, revision: str | None = None) -> Path:
+    """The folder of a checkpoint: a local one, or a hub id's snapshot (weights, JSON and tokenizer files only)."""
+    given = str(path_or_repo)
+    if Path(given).is_dir():
+        return Path(given)
+    if Path(given).exists():
+        raise InputError(f"model.path: {given} is a file; expected a folder with config.json and safetensors, or a hub id")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", given) or given.startswith(".") or given.count("/") > 1:
+        raise InputError(f"model.path: no folder {given}; expected a folder with config.json and safetensors, or a hub id{_beside(given)}")
+    return _download(given, revision)
+
+
+def _beside(given: str) -> str:
+    import difflib
+
+    parent = Path(given).parent
+    names = [p.name for p in parent.iterdir() if p.is_dir()] if parent.is_dir() else []
+    near = difflib.get_close_matches(Path(given).name, names, n=1)
+    return f"; nearest folder: {parent / near[0]}" if near else ""
+
+
+def _download(repo: str, revision: str | None) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    at = f" at revision {revision}" if revision else ""
+    try:
+        return Path(huggingface_hub.snapshot_download(repo, revision=revision or None, allow_patterns=PATTERNS))
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"model.path: no folder {repo} here, and {repo}{at} is not to be had from the hub ({type(error).__name__}: {reason}); "
+            "give a local folder, check the id and the revision, or run where the hub is reachable"
+        ) from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object, or InputError with the line that does not parse."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{file}: no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{file}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The folder's config.json."""
+    file = folder / "config.json"
+    if not file.is_file():
+        found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+        raise InputError(f"{folder}: no config.json; expected a Hugging Face model folder, found {found}")
+    hf = read_json(file)
+    if hf.get("quantization_config"):
+        method = hf["quantization_config"].get("quant_method", "unknown method")
+        raise InputError(f"{file}: the weights are quantized ({method}); expected float32, bfloat16 or float16 weights")
+    return hf
+
+
+def weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
+    """The safetensors files of a folder, and the index (tensor -> file name) of a sharded one."""
+    if (folder / INDEX).exists():
+        index = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(index, dict) or not all(isinstance(v, str) for v in index.values()):
+            raise InputError(f"{folder / INDEX}: expected an object weight_map of tensor -> file name")
+        files = [_inside(folder, name, folder / INDEX) for name in sorted(set(index.values()))]
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            here = ", ".join(sorted(p.name for p in folder.glob("*.safetensors"))) or "none"
+            raise InputError(f"{folder / INDEX}: names {', '.join(missing)}, missing from the folder; safetensors files there: {here}")
+        return files, index
+    if (folder / SINGLE).exists():
+        return [_inside(folder, SINGLE, folder)], None
+    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))
+    if pickles:
+        raise InputError(
+            f"{folder}: weights only as pickle ({', '.join(pickles[:3])}), which can run code when it is read; convert them where you "
+            "trust them: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
+        )
+    raise InputError(f"{folder}: no {SINGLE} and no {INDEX}; expected one of them")
+
+
+def _inside(folder: Path, name: str, where: Path) -> Path:
+    """The path of a file of this folder; a name or link that leads out of it is refused, save the hub cache's own links."""
+    if name != os.path.basename(name) or name in ("", ".", ".."):
+        raise InputError(f"{where}: file name {name!r} leads out of the folder; expected a plain file name")
+    real, home = (folder / name).resolve(), folder.resolve()
+    allowed = [home]
+    if home.parent.name == "snapshots":  # in the hub's cache a snapshot links to its repository's blobs
+        allowed.append(home.parent.parent / "blobs")
+    if not any(real.is_relative_to(place) for place in allowed):
+        raise InputError(f"{folder / name}: is a link to {real}, outside the folder; copy the file into it")
+    return folder / name
+
+
+def read_header(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, from its header alone; a truncated or malformed file is an InputError."""
+    size = file.stat().st_size
+    with open(file, "rb") as stream:
+        prefix = stream.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        if not 2 <= length <= min(MAX_HEADER, size - 8):
+            raise InputError(f"{file}: not a safetensors file, or cut short: {size} bytes, header of {length}")
+        try:
+            header = json.loads(stream.read(length))
+            entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+            tensors = {name: _tensor(name, file, entry, 8 + length) for name, entry in entries.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{file}: malformed safetensors header: {type(error).__name__}: {error}") from error
+    for tensor in tensors.values():
+        if not 8 + length <= tensor.start <= tensor.stop <= size:
+            raise InputError(f"{file}: {tensor.name} ends at byte {tensor.stop} but the file has {size}: cut short; copy it again")
+    return tensors
+
+
+def _tensor(name: str, file: Path, entry: dict[str, Any], base: int) -> Tensor:
+    start, stop = entry["data_offsets"]
+    shape = tuple(int(n) for n in entry["shape"])
+    dtype = DTYPES.get(entry["dtype"])
+    if dtype is not None and stop - start != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{name} has {stop - start} bytes for shape {shape} of {entry['dtype']}")
+    return Tensor(name, file, str(entry["dtype"]), shape, base + start, base + stop)

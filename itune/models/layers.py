@@ -1,0 +1,164 @@
+"""Norms, projections, rotary embeddings and the MLP. Kernels are stored (out, in), as Hugging Face stores them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from itune.models.architecture import ModelConfig, Rope
+from itune.types import InputError
+
+# (module, parameter) -> logical axes of the unstacked parameter; see itune/sharding.py for where they go
+AXES: dict[tuple[str, str], tuple[str, ...]] = {
+    ("embed", "embedding"): ("vocab", "embed"),
+    ("lm_head", "kernel"): ("vocab", "embed"),
+    ("q_proj", "kernel"): ("heads", "embed"),
+    ("k_proj", "kernel"): ("kv_heads", "embed"),
+    ("v_proj", "kernel"): ("kv_heads", "embed"),
+    ("o_proj", "kernel"): ("embed", "heads"),
+    ("gate_proj", "kernel"): ("mlp", "embed"),
+    ("up_proj", "kernel"): ("mlp", "embed"),
+    ("down_proj", "kernel"): ("embed", "mlp"),
+    ("q_proj", "bias"): ("heads",),
+    ("k_proj", "bias"): ("kv_heads",),
+    ("v_proj", "bias"): ("kv_heads",),
+    ("o_proj", "bias"): ("norm",),
+    ("gate_proj", "bias"): ("mlp",),
+    ("up_proj", "bias"): ("mlp",),
+    ("down_proj", "bias"): ("norm",),
+    ("attention_norm", "scale"): ("norm",),
+    ("mlp_norm", "scale"): ("norm",),
+    ("q_norm", "scale"): ("head_dim",),
+    ("k_norm", "scale"): ("head_dim",),
+    ("final_norm", "scale"): ("norm",),
+}
+
+ACTIVATIONS: dict[str, Any] = {
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "relu": jax.nn.relu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+}
+
+
+def precision(dtype: Any) -> jax.lax.Precision:
+    """float32 compute means float32: without this a TPU or GPU would round the inputs of float32 products."""
+    return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else jax.lax.Precision.DEFAULT
+
+
+def linear(x: jax.Array, kernel_OI: jax.Array, dtype: Any, out_dtype: Any = None) -> jax.Array:
+    """x (..., I) times a kernel stored (out, in) -> (..., O), computed in `dtype`."""
+    dimensions = (((x.ndim - 1,), (1,)), ((), ()))
+    return jax.lax.dot_general(
+        x.astype(dtype), kernel_OI.astype(dtype), dimensions, precision=precision(dtype), preferred_element_type=out_dtype or dtype
+    )
+
+
+class Dense(nn.Module):
+    """A projection to `features` with a kernel (features, in)."""
+
+    features: int
+    bias: bool
+    init_std: float
+    dtype: str
+    param_dtype: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (self.features, x.shape[-1])
+        kernel = self.param("kernel", nn.initializers.normal(self.init_std), shape, self.param_dtype)
+        y = linear(x, kernel, self.dtype)
+        if self.bias:
+            y = y + self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype).astype(self.dtype)
+        return y
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm (arXiv 1910.07467): the statistics in float32, the scale applied in the compute dtype."""
+
+    eps: float
+    dtype: str
+    param_dtype: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        return scale.astype(self.dtype) * x32.astype(self.dtype)
+
+
+class MLP(nn.Module):
+    """Gated MLP (arXiv 2002.05202): down(act(gate(x)) * up(x))."""
+
+    config: ModelConfig
+    dtype: str
+    param_dtype: str
+
+    @nn.compact
+    def __call__(self, x_BLD: jax.Array) -> jax.Array:
+        c = self.config
+
+        def dense(features: int, name: str) -> Dense:
+            return Dense(features, c.mlp_bias, c.init_std, self.dtype, self.param_dtype, name=name)
+
+        gate_BLF = ACTIVATIONS[c.activation](dense(c.mlp_width, "gate_proj")(x_BLD))
+        return dense(c.width, "down_proj")(gate_BLF * dense(c.mlp_width, "up_proj")(x_BLD))
+
+
+def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
+    """Radians a token for each pair of channels, float32, (head_dim / 2,)."""
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    inverse = (1.0 / np.float32(rope.base) ** exponents).astype(np.float32)
+    if rope.scaling == "none":
+        return inverse
+    if rope.scaling == "linear":
+        return inverse / np.float32(rope.factor)
+    if rope.scaling == "llama3":
+        return _llama3(rope, inverse)
+    if rope.scaling == "yarn":
+        return _yarn(rope, inverse, head_dim)
+    raise InputError(f"rope scaling {rope.scaling!r} is not supported; supported: none, linear, llama3, yarn")
+
+
+def _llama3(rope: Rope, inverse: np.ndarray) -> np.ndarray:
+    """Long wavelengths are stretched by `factor`, short ones kept, those between blended (Llama 3.1)."""
+    wavelength = 2 * math.pi / inverse
+    turns = rope.original_length / wavelength
+    kept = np.clip((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0.0, 1.0)
+    return (kept * inverse + (1 - kept) * inverse / rope.factor).astype(np.float32)
+
+
+def _yarn(rope: Rope, inverse: np.ndarray, head_dim: int) -> np.ndarray:
+    """Channels with many turns in the original context are kept, those with few are interpolated (arXiv 2309.00071)."""
+
+    def channel(turns: float) -> float:
+        return head_dim * math.log(rope.original_length / (turns * 2 * math.pi)) / (2 * math.log(rope.base))
+
+    low, high = channel(rope.beta_fast), channel(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    high = high + 0.001 if low == high else high
+    interpolated = np.clip((np.arange(head_dim // 2, dtype=np.float32) - low) / (high - low), 0.0, 1.0)
+    return (inverse * (1 - interpolated) + inverse / rope.factor * interpolated).astype(np.float32)
+
+
+def rope_tables(rope: Rope, head_dim: int, positions_BL: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """cos and sin of every position, (B, L, 1, head_dim / 2): angles in float32, the result in `dtype`."""
+    angles = positions_BL[:, :, None, None].astype(jnp.float32) * rope_frequencies(rope, head_dim)
+    return (jnp.cos(angles) * rope.attention_factor).astype(dtype), (jnp.sin(angles) * rope.attention_factor).astype(dtype)
+
+
+def rotate(x_BLNH: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotate channel pairs (i, i + head_dim / 2), the layout of Hugging Face checkpoints."""
+    cos, sin = tables
+    first, second = jnp.split(x_BLNH, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

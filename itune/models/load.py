@@ -1,0 +1,74 @@
+"""From a Hugging Face folder or hub id to a Model, and to its parameters on a mesh."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from itune.models.families import FAMILIES, find_family
+from itune.models.families.common import Fields
+from itune.models.hf.files import find_folder, read_config
+from itune.models.hf.plan import make_plan
+from itune.models.hf.read import read_params
+from itune.models.model import Model
+
+log = logging.getLogger("itune")
+
+
+def load_model(
+    path_or_repo: str | os.PathLike,
+    mesh: Mesh | None = None,
+    param_dtype: str = "float32",
+    *,
+    revision: str | None = None,
+    compute_dtype: str = "float32",
+    attention: str = "auto",
+    remat: str = "none",
+    vocab_size: int | None = None,
+) -> Model:
+    """The Model of a folder or hub id from its config.json alone; no weights are read. See `load_pretrained`."""
+    folder = find_folder(path_or_repo, revision)
+    return _model(folder, mesh, param_dtype, compute_dtype, attention, remat, vocab_size)[0]
+
+
+def load_pretrained(
+    path_or_repo: str | os.PathLike,
+    mesh: Mesh | None = None,
+    param_dtype: str = "float32",
+    *,
+    revision: str | None = None,
+    compute_dtype: str = "float32",
+    attention: str = "auto",
+    remat: str = "none",
+    vocab_size: int | None = None,
+) -> tuple[Model, Any]:
+    """A Model and its parameters, from a folder with config.json and safetensors or from a hub id.
+
+    With a mesh each device gets its shard and each host reads only its devices' slices. `vocab_size` is the least
+    number of embedding rows: rows that the checkpoint lacks are the mean of its own, and this is logged. Raises InputError
+    for an unsupported family, for weights that do not fit the config (all of them listed), and for a mesh that does not
+    divide a parameter.
+    """
+    folder = find_folder(path_or_repo, revision)
+    model, file_vocab = _model(folder, mesh, param_dtype, compute_dtype, attention, remat, vocab_size)
+    plan = make_plan(folder, model, file_vocab)
+    if plan.ignored:
+        log.info("%s: %d tensors that the model does not use are left out: %s", folder, len(plan.ignored), plan.ignored[0].name)
+    return model, read_params(model, plan)
+
+
+def _model(
+    folder: Path, mesh: Mesh | None, param_dtype: str, compute_dtype: str, attention: str, remat: str, vocab_size: int | None
+) -> tuple[Model, int]:
+    """The model, and the vocabulary size that its file has."""
+    hf = read_config(folder)
+    family = find_family(hf, str(folder / "config.json"))
+    config = FAMILIES[family].config_from_hf(Fields(hf, str(folder / "config.json")))
+    file_vocab = config.vocab_size
+    config = dataclasses.replace(config, vocab_size=max(file_vocab, vocab_size or 0))
+    return Model(config, family, compute_dtype, param_dtype, attention, remat, mesh), file_vocab

@@ -1,0 +1,131 @@
+"""Model: a decoder's config and how to run it. Its methods are pure functions of parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from itune.models.architecture import ModelConfig
+from itune.models.attention.cache import init_cache
+from itune.models.layers import AXES, linear
+from itune.models.transformer import Decoder, Settings
+from itune.sharding import tree_shardings
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A decoder, hashable, so that jit may take it as a static argument.
+
+    Parameters are a nested dict: embed, blocks (stacked over repetitions of the block), rest_i (unrolled layers),
+    final_norm, and lm_head unless the embedding is tied. Kernels are (out, in).
+    """
+
+    config: ModelConfig
+    family: str
+    compute_dtype: str = "float32"
+    param_dtype: str = "float32"
+    attention: str = "auto"
+    remat: str = "none"
+    mesh: Mesh | None = None
+
+    def init(self, rng: jax.Array) -> Any:
+        """Random parameters, placed on the mesh where there is one (each device makes its own shard)."""
+        shardings = None if self.mesh is None else tree_shardings(self.mesh, self.logical_axes())
+        return jax.jit(self._init, out_shardings=shardings)(rng)
+
+    def abstract_params(self) -> Any:
+        """The tree of jax.ShapeDtypeStruct that `init` returns."""
+        return _abstract_params(self)
+
+    def logical_axes(self) -> Any:
+        """The same tree with a tuple of logical axis names a leaf."""
+        return jax.tree_util.tree_map_with_path(_axes, self.abstract_params())
+
+    def hidden(
+        self,
+        params: Any,
+        tokens_BL: jax.Array,
+        segment_ids_BL: jax.Array | None = None,
+        positions_BL: jax.Array | None = None,
+        *,
+        rng: jax.Array | None = None,
+    ) -> jax.Array:
+        """Hidden states after the final norm, (B, L, D), compute dtype.
+
+        `rng` is for layers that draw at random; no family here has one.
+        """
+        del rng
+        segments_BL, positions_BL = _defaults(tokens_BL, segment_ids_BL, positions_BL)
+        return self._decoder().apply({"params": params}, tokens_BL, segments_BL, positions_BL)
+
+    def unembed(self, params: Any) -> jax.Array:
+        """The kernel (V, D) that turns hidden states into logits, as stored: the head, or the tied embedding."""
+        return params["embed"]["embedding"] if self.config.tie_embeddings else params["lm_head"]["kernel"]
+
+    def logits(self, params: Any, hidden: jax.Array) -> jax.Array:
+        """float32 logits (..., V) of hidden states (..., D): of a whole batch, or of the rows of one chunk."""
+        return self.head_logits(self.unembed(params), hidden)
+
+    def head_logits(self, kernel_VD: jax.Array, hidden: jax.Array) -> jax.Array:
+        """float32 logits (..., V) with this kernel, or a shard of its rows: the chunked loss differentiates this."""
+        return linear(hidden, kernel_VD, self.compute_dtype, out_dtype=jnp.float32)
+
+    def init_cache(self, batch: int, length: int) -> Any:
+        """An empty KV cache for `batch` rows of at most `length` tokens; see itune/models/attention/cache.py."""
+        return init_cache(self.config, batch, length, self.compute_dtype, self.mesh)
+
+    def hidden_with_cache(
+        self,
+        params: Any,
+        tokens_BL: jax.Array,
+        positions_BL: jax.Array,
+        cache: Any,
+        *,
+        segment_ids_BL: jax.Array | None = None,
+    ) -> tuple[jax.Array, Any]:
+        """Prefill (L > 1) or decode (L = 1): hidden states (B, L, D), and the cache with these tokens in it.
+
+        The tokens go to slots cache["index"] .. + L of every row. Padding, on either side, has segment 0 and is never
+        attended. The caller sees to it that the slots suffice: past the end a write would land on the last slots.
+        """
+        segments_BL, positions_BL = _defaults(tokens_BL, segment_ids_BL, positions_BL)
+        return self._decoder().apply({"params": params}, tokens_BL, segments_BL, positions_BL, cache)
+
+    def _decoder(self) -> Decoder:
+        return Decoder(self.config, Settings(self.compute_dtype, self.param_dtype, self.attention, self.remat, self.mesh))
+
+    def _init(self, rng: jax.Array) -> Any:
+        tokens_BL = jnp.zeros((1, 1), jnp.int32)
+        return self._decoder().init(rng, tokens_BL, tokens_BL, tokens_BL)["params"]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def forward(
+    model: Model, params: Any, tokens_BL: jax.Array, segment_ids_BL: jax.Array | None = None, positions_BL: jax.Array | None = None
+) -> jax.Array:
+    """float32 logits (B, L, V). Segments default to one a row, positions to 0 .. L-1; segment 0 is padding."""
+    return model.logits(params, model.hidden(params, tokens_BL, segment_ids_BL, positions_BL))
+
+
+@functools.lru_cache(maxsize=64)
+def _abstract_params(model: Model) -> Any:
+    return jax.eval_shape(model._init, jax.random.key(0))
+
+
+def _axes(path: tuple, leaf: jax.ShapeDtypeStruct) -> tuple[str, ...]:
+    names = [entry.key for entry in path]
+    axes = AXES[names[-2], names[-1]]
+    return ("layers", *axes) if names[0] == "blocks" else axes
+
+
+def _defaults(tokens_BL, segments_BL, positions_BL):
+    if segments_BL is None:
+        segments_BL = jnp.ones(tokens_BL.shape, jnp.int32)
+    if positions_BL is None:
+        positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1], dtype=jnp.int32), tokens_BL.shape)
+    return segments_BL, positions_BL

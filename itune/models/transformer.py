@@ -1,0 +1,202 @@
+"""The decoder: embedding, blocks of layers scanned over their repetitions, the remainder unrolled, final norm."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from itune.models.architecture import LayerKind, ModelConfig, layer_plan
+from itune.models.attention import attention
+from itune.models.attention.cache import write
+from itune.models.layers import MLP, Dense, RMSNorm, rope_tables, rotate
+from itune.sharding import constrain
+
+REMAT_POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+
+
+class Settings(NamedTuple):
+    """How the decoder runs, as opposed to what it is."""
+
+    dtype: str
+    param_dtype: str
+    attention: str
+    remat: str
+    mesh: Mesh | None
+
+
+class Context(NamedTuple):
+    """What every layer reads: segments of queries and keys, positions (only with a cache), slot of the first query."""
+
+    q_segments_BL: jax.Array
+    kv_segments_BS: jax.Array
+    q_positions_BL: jax.Array | None
+    kv_positions_BS: jax.Array | None
+    index: jax.Array | None
+    ropes: tuple[tuple[jax.Array, jax.Array], ...]
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary embedding; reads and writes its slice of the KV cache where one is given."""
+
+    config: ModelConfig
+    kind: LayerKind
+    settings: Settings
+
+    @nn.compact
+    def __call__(self, x_BLD: jax.Array, cache: Any, context: Context) -> tuple[jax.Array, Any]:
+        c, s = self.config, self.settings
+
+        def project(name: str, heads: int) -> jax.Array:
+            y = Dense(heads * c.head_dim, c.qkv_bias, c.init_std, s.dtype, s.param_dtype, name=name)(x_BLD)
+            return y.reshape(*y.shape[:2], heads, c.head_dim)
+
+        query_BLNH = project("q_proj", c.num_heads)
+        key_BLKH, value_BLKH = project("k_proj", c.num_kv_heads), project("v_proj", c.num_kv_heads)
+        if c.qk_norm:
+            query_BLNH = RMSNorm(c.norm_eps, s.dtype, s.param_dtype, name="q_norm")(query_BLNH)
+            key_BLKH = RMSNorm(c.norm_eps, s.dtype, s.param_dtype, name="k_norm")(key_BLKH)
+        if self.kind.rope is not None:
+            tables = context.ropes[c.ropes.index(self.kind.rope)]
+            query_BLNH, key_BLKH = rotate(query_BLNH, tables), rotate(key_BLKH, tables)
+        if cache is not None:
+            cache = write(cache, key_BLKH, value_BLKH, context.index)
+        key_BSKH, value_BSKH = (key_BLKH, value_BLKH) if cache is None else (cache["key"], cache["value"])
+        mixed_BLNH = attention(
+            query_BLNH,
+            key_BSKH,
+            value_BSKH,
+            q_segments_BL=context.q_segments_BL,
+            kv_segments_BS=context.kv_segments_BS,
+            q_positions_BL=context.q_positions_BL,
+            kv_positions_BS=context.kv_positions_BS,
+            offset=0 if context.index is None else context.index,
+            window=self.kind.window,
+            backend=s.attention,
+            mesh=s.mesh,
+        )
+        out = Dense(c.width, c.out_bias, c.init_std, s.dtype, s.param_dtype, name="o_proj")
+        return out(mixed_BLNH.reshape(*x_BLD.shape[:2], -1)), cache
+
+
+class Layer(nn.Module):
+    """Pre-norm residual layer: attention, then the MLP."""
+
+    config: ModelConfig
+    kind: LayerKind
+    settings: Settings
+
+    @nn.compact
+    def __call__(self, hidden_BLD: jax.Array, cache: Any, context: Context) -> tuple[jax.Array, Any]:
+        c, s = self.config, self.settings
+
+        def norm(name: str, x: jax.Array) -> jax.Array:
+            return RMSNorm(c.norm_eps, s.dtype, s.param_dtype, name=name)(x)
+
+        mixed_BLD, cache = Attention(c, self.kind, s, name="attention")(norm("attention_norm", hidden_BLD), cache, context)
+        hidden_BLD = hidden_BLD + mixed_BLD
+        hidden_BLD = hidden_BLD + MLP(c, s.dtype, s.param_dtype, name="mlp")(norm("mlp_norm", hidden_BLD))
+        return constrain(hidden_BLD, s.mesh, ("batch", "length", None)), cache
+
+
+class Block(nn.Module):
+    """The layers of one repetition. Carries hidden, maps over the cache: the shape that nn.scan wants."""
+
+    config: ModelConfig
+    kinds: tuple[LayerKind, ...]
+    settings: Settings
+
+    @nn.compact
+    def __call__(self, hidden_BLD: jax.Array, caches: Any, context: Context) -> tuple[jax.Array, Any]:
+        layer_class = remat(Layer, self.settings.remat, inside_scan=True)
+        written = []
+        for i, kind in enumerate(self.kinds):
+            layer = layer_class(self.config, kind, self.settings, name=f"layer_{i}")
+            hidden_BLD, cache = layer(hidden_BLD, None if caches is None else caches[i], context)
+            written.append(cache)
+        return hidden_BLD, None if caches is None else tuple(written)
+
+
+class Decoder(nn.Module):
+    """Tokens -> hidden states after the final norm (and the KV cache with these tokens in it)."""
+
+    config: ModelConfig
+    settings: Settings
+
+    @nn.compact
+    def __call__(self, tokens_BL: jax.Array, segments_BL: jax.Array, positions_BL: jax.Array, cache: Any = None) -> Any:
+        c, s = self.config, self.settings
+        hidden_BLD = Embed(c, s, name="embed")(tokens_BL)
+        hidden_BLD = constrain(hidden_BLD, s.mesh, ("batch", "length", None))
+        context = make_context(c, s, segments_BL, positions_BL, cache)
+        period, repeats = layer_plan(c.kinds)
+        scanned = nn.scan(
+            Block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(0, nn.broadcast), length=repeats
+        )
+        blocks = scanned(c, c.kinds[:period], s, name="blocks")
+        hidden_BLD, blocks_cache = blocks(hidden_BLD, None if cache is None else cache["blocks"], context)
+        rest_cache = []
+        for i, kind in enumerate(c.kinds[period * repeats :]):
+            layer = remat(Layer, s.remat, inside_scan=False)(c, kind, s, name=f"rest_{i}")
+            hidden_BLD, written = layer(hidden_BLD, None if cache is None else cache["rest"][i], context)
+            rest_cache.append(written)
+        hidden_BLD = RMSNorm(c.norm_eps, s.dtype, s.param_dtype, name="final_norm")(hidden_BLD)
+        if self.is_initializing() and not c.tie_embeddings:
+            Head(c, s, name="lm_head")()
+        if cache is None:
+            return hidden_BLD
+        after = {
+            "index": cache["index"] + tokens_BL.shape[1],
+            "segments": context.kv_segments_BS,
+            "positions": context.kv_positions_BS,
+            "blocks": blocks_cache,
+            "rest": tuple(rest_cache),
+        }
+        return hidden_BLD, after
+
+
+class Embed(nn.Module):
+    """Rows of the embedding in the compute dtype."""
+
+    config: ModelConfig
+    settings: Settings
+
+    @nn.compact
+    def __call__(self, tokens_BL: jax.Array) -> jax.Array:
+        c, s = self.config, self.settings
+        init = nn.initializers.normal(c.init_std)
+        embedding_VD = self.param("embedding", init, (c.vocab_size, c.width), s.param_dtype)
+        return jnp.take(embedding_VD, tokens_BL, axis=0).astype(s.dtype)
+
+
+class Head(nn.Module):
+    """Holds the kernel of an untied head; `Model.logits` applies it, in chunks where the loss wants them."""
+
+    config: ModelConfig
+    settings: Settings
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        c, s = self.config, self.settings
+        return self.param("kernel", nn.initializers.normal(c.init_std), (c.vocab_size, c.width), s.param_dtype)
+
+
+def make_context(c: ModelConfig, s: Settings, segments_BL: jax.Array, positions_BL: jax.Array, cache: Any) -> Context:
+    """What the layers share, with these tokens' segments and positions written into the cache's."""
+    ropes = tuple(rope_tables(rope, c.head_dim, positions_BL, s.dtype) for rope in c.ropes)
+    if cache is None:
+        return Context(segments_BL, segments_BL, None, None, None, ropes)
+    index = cache["index"]
+    kv_segments_BS = jax.lax.dynamic_update_slice_in_dim(cache["segments"], segments_BL, index, axis=1)
+    kv_positions_BS = jax.lax.dynamic_update_slice_in_dim(cache["positions"], positions_BL, index, axis=1)
+    return Context(segments_BL, kv_segments_BS, positions_BL, kv_positions_BS, index, ropes)
+
+
+def remat(layer_class: Any, policy: str, inside_scan: bool) -> Any:
+    """The layer with its activations recomputed in the backward pass: none | full | dots (matrix products are kept)."""
+    if policy == "none":
+        return layer_class
+    return nn.remat(layer_class, policy=REMAT_POLICIES[policy], prevent_cse=not inside_scan)
