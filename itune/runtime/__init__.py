@@ -1,0 +1,1 @@
+"""Processes and their faults: distributed start, signals, lock, compilation cache, crash record."""

@@ -1,0 +1,28 @@
+"""Compiled programs are kept on disk, so that the second run of a command starts sooner."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import jax
+
+
+def cache_folder() -> Path:
+    """Where itune keeps what it can compute again: `$XDG_CACHE_HOME/itune`, or `~/.cache/itune`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "itune"
+
+
+def use_compilation_cache() -> None:
+    """Turn on jax's persistent compilation cache, for programs of any size. JAX_COMPILATION_CACHE_DIR is respected."""
+    if not jax.config.values.get("jax_compilation_cache_dir"):
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compilation"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def use_deterministic_kernels() -> None:
+    """Ask XLA for GPU kernels that give the same bits every time. Has no effect once a device has been used."""
+    flag = "--xla_gpu_deterministic_ops=true"
+    if flag not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()

@@ -1,0 +1,98 @@
+"""Start of a job of several processes, and the one fact they must agree on while they run."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from itune.types import InputError
+
+_VARIABLES = ("ITUNE_COORDINATOR", "ITUNE_NUM_PROCESSES", "ITUNE_PROCESS_ID")
+
+
+def start() -> None:
+    """Join the job that the environment describes; alone when it describes none. Call before anything uses a device.
+
+    - ITUNE_COORDINATOR=host:port with ITUNE_NUM_PROCESSES and ITUNE_PROCESS_ID: exactly that. The coordinator listens
+      on the given address only.
+    - a SLURM step or an Open MPI job of several tasks, a TPU pod, or ITUNE_DISTRIBUTED=1: as jax finds it.
+    - ITUNE_DISTRIBUTED=0: alone, whatever the machine looks like.
+    """
+    if jax.distributed.is_initialized():
+        return
+    asked = os.environ.get("ITUNE_DISTRIBUTED", "")
+    if any(name in os.environ for name in _VARIABLES):
+        address, count, index = _given()
+        jax.distributed.initialize(address, count, index, coordinator_bind_address=address if index == 0 else None)
+    elif asked == "1" or (asked != "0" and (_several_tasks() or _tpu_here())):
+        _as_jax_finds_it(must=asked == "1" or _several_tasks())
+
+
+def _as_jax_finds_it(must: bool) -> None:
+    try:
+        jax.distributed.initialize()
+    except ValueError as error:  # jax found no job: one TPU machine, or none at all
+        if must:
+            raise InputError(f"environment: several processes are announced, but jax finds no job: {error}") from error
+
+
+def _given() -> tuple[str, int, int]:
+    missing = [name for name in _VARIABLES if not os.environ.get(name)]
+    if missing:
+        raise InputError(f"environment: {', '.join(missing)} not set; the three of {', '.join(_VARIABLES)} go together")
+    address, count, index = (os.environ[name] for name in _VARIABLES)
+    if ":" not in address or not address.rsplit(":", 1)[1].isdecimal():
+        raise InputError(f"environment: ITUNE_COORDINATOR must be host:port, found {address!r}")
+    if not (count.isdecimal() and index.isdecimal() and int(index) < int(count)):
+        raise InputError(
+            f"environment: ITUNE_PROCESS_ID must be a number below ITUNE_NUM_PROCESSES, found {index!r} of {count!r}"
+        )
+    return address, int(count), int(index)
+
+
+def _several_tasks() -> bool:
+    """Whether a launcher says that this process is one of several."""
+    counts = (os.environ.get("SLURM_STEP_NUM_TASKS", ""), os.environ.get("OMPI_COMM_WORLD_SIZE", ""))
+    return any(count.isdecimal() and int(count) > 1 for count in counts)
+
+
+def _tpu_here() -> bool:
+    """Whether jax will use TPU chips of this machine; whether they are part of a pod, jax asks the metadata server."""
+    wanted = "tpu" in (os.environ.get("JAX_PLATFORMS") or "tpu").split(",")
+    chips = Path("/dev/accel0").exists() or any(Path("/dev/vfio").glob("[0-9]*"))
+    return wanted and chips and importlib.util.find_spec("libtpu") is not None
+
+
+class Agreement:
+    """A flag that any process may raise and that all see at the same step.
+
+    Each step every process contributes its own flag to a maximum over all devices; the answer is read one step later,
+    when it has long been computed. A signal handler of ours and jax's own preemption service disable each other, so
+    this is the flag that stops a job. One process alone needs no exchange.
+    """
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._alone = jax.process_count() == 1
+        self._pending: Any = None
+        if not self._alone:
+            every_device = PartitionSpec(tuple(mesh.axis_names))
+            self._sharding = NamedSharding(mesh, every_device)
+            self._max = jax.jit(lambda flags: flags.max(), out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+    def exchange(self, flag: bool) -> bool:
+        """Contribute `flag`; return whether any process had raised it at the previous call."""
+        if self._alone:
+            return flag
+        previous = self._pending
+        shape = (self._sharding.mesh.size,)
+        flags = jax.make_array_from_callback(
+            shape, self._sharding, lambda index: np.full(shape, flag, np.int32)[index]
+        )
+        self._pending = self._max(flags)
+        return previous is not None and bool(previous)
