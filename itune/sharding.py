@@ -99,10 +99,30 @@ def constrain(x: jax.Array, mesh: Mesh | None, logical: Sequence[str | None]) ->
     """
     if mesh is None:
         return x
-    names = [name if name is not None and x.shape[i] % axis_size(mesh, name) == 0 else None for i, name in enumerate(logical)]
+    fits = [name is not None and size % axis_size(mesh, name) == 0 for size, name in zip(x.shape, logical, strict=True)]
+    names = [name if fit else None for name, fit in zip(logical, fits, strict=True)]
     return jax.lax.with_sharding_constraint(x, named(mesh, names))
 
 
 def axis_size(mesh: Mesh, logical: str) -> int:
     """The number of shards that a logical axis is cut into."""
     return math.prod(mesh.shape[axis] for axis in RULES[logical])
+
+
+def check_divisible(mesh: Mesh, abstract: Any, logical_tree: Any) -> None:
+    """InputError when a parameter's dimension is not a multiple of its mesh axes: names it and the nearest choice."""
+    problems: dict[tuple, str] = {}
+
+    def check(path: tuple, leaf: Any, names: tuple[str, ...]) -> None:
+        for dimension, (size, name) in enumerate(zip(leaf.shape, names, strict=True)):
+            shards = axis_size(mesh, name)
+            if size % shards:
+                axes = " x ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in RULES[name])
+                choices = [n for n in range(1, shards) if size % n == 0]
+                where = jax.tree_util.keystr(path, simple=True, separator="/")
+                problem = f"{where}: dimension {dimension} ({name}, {size}) is not a multiple of {axes}"
+                problems.setdefault((size, name), f"{problem}; the nearest that divides it is {choices[-1]}")
+
+    jax.tree_util.tree_map_with_path(check, abstract, logical_tree, is_leaf=lambda x: isinstance(x, tuple))
+    if problems:
+        raise InputError("mesh: parameters do not divide over the mesh:\n  " + "\n  ".join(problems.values()))

@@ -9,8 +9,9 @@ import dataclasses
 class Rope:
     """Rotary position embedding: base frequency and how it is stretched to longer contexts.
 
-    scaling: none | linear (positions divided by `factor`) | llama3 (Llama 3.1, by wavelength) | yarn (arXiv 2309.00071).
-    `original_length` is the context of pretraining in tokens; `attention_factor` multiplies cos and sin (yarn).
+    scaling: none | linear (positions divided by `factor`) | llama3 (by wavelength, as in Llama 3.1) | yarn
+    (arXiv 2309.00071). `original_length` is the context of pretraining in tokens; `attention_factor` multiplies cos
+    and sin (yarn).
     """
 
     base: float = 10000.0

@@ -57,7 +57,11 @@ def linear(x: jax.Array, kernel_OI: jax.Array, dtype: Any, out_dtype: Any = None
     """x (..., I) times a kernel stored (out, in) -> (..., O), computed in `dtype`."""
     dimensions = (((x.ndim - 1,), (1,)), ((), ()))
     return jax.lax.dot_general(
-        x.astype(dtype), kernel_OI.astype(dtype), dimensions, precision=precision(dtype), preferred_element_type=out_dtype or dtype
+        x.astype(dtype),
+        kernel_OI.astype(dtype),
+        dimensions,
+        precision=precision(dtype),
+        preferred_element_type=out_dtype or dtype,
     )
 
 
@@ -154,7 +158,9 @@ def _yarn(rope: Rope, inverse: np.ndarray, head_dim: int) -> np.ndarray:
 def rope_tables(rope: Rope, head_dim: int, positions_BL: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
     """cos and sin of every position, (B, L, 1, head_dim / 2): angles in float32, the result in `dtype`."""
     angles = positions_BL[:, :, None, None].astype(jnp.float32) * rope_frequencies(rope, head_dim)
-    return (jnp.cos(angles) * rope.attention_factor).astype(dtype), (jnp.sin(angles) * rope.attention_factor).astype(dtype)
+    return (jnp.cos(angles) * rope.attention_factor).astype(dtype), (jnp.sin(angles) * rope.attention_factor).astype(
+        dtype
+    )
 
 
 def rotate(x_BLNH: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:

@@ -50,20 +50,31 @@ def load_pretrained(
     """A Model and its parameters, from a folder with config.json and safetensors or from a hub id.
 
     With a mesh each device gets its shard and each host reads only its devices' slices. `vocab_size` is the least
-    number of embedding rows: rows that the checkpoint lacks are the mean of its own, and this is logged. Raises InputError
-    for an unsupported family, for weights that do not fit the config (all of them listed), and for a mesh that does not
-    divide a parameter.
+    number of embedding rows: rows that the checkpoint lacks are the mean of its own, and this is logged. Raises
+    InputError for an unsupported family, for weights that do not fit the config (all of them listed), and for a mesh
+    that does not divide a parameter.
     """
     folder = find_folder(path_or_repo, revision)
     model, file_vocab = _model(folder, mesh, param_dtype, compute_dtype, attention, remat, vocab_size)
     plan = make_plan(folder, model, file_vocab)
     if plan.ignored:
-        log.info("%s: %d tensors that the model does not use are left out: %s", folder, len(plan.ignored), plan.ignored[0].name)
+        log.info(
+            "%s: %d tensors that the model does not use are left out: %s",
+            folder,
+            len(plan.ignored),
+            plan.ignored[0].name,
+        )
     return model, read_params(model, plan)
 
 
 def _model(
-    folder: Path, mesh: Mesh | None, param_dtype: str, compute_dtype: str, attention: str, remat: str, vocab_size: int | None
+    folder: Path,
+    mesh: Mesh | None,
+    param_dtype: str,
+    compute_dtype: str,
+    attention: str,
+    remat: str,
+    vocab_size: int | None,
 ) -> tuple[Model, int]:
     """The model, and the vocabulary size that its file has."""
     hf = read_config(folder)

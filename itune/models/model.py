@@ -14,7 +14,7 @@ from itune.models.architecture import ModelConfig
 from itune.models.attention.cache import init_cache
 from itune.models.layers import AXES, linear
 from itune.models.transformer import Decoder, Settings
-from itune.sharding import tree_shardings
+from itune.sharding import check_divisible, tree_shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +35,7 @@ class Model:
 
     def init(self, rng: jax.Array) -> Any:
         """Random parameters, placed on the mesh where there is one (each device makes its own shard)."""
-        shardings = None if self.mesh is None else tree_shardings(self.mesh, self.logical_axes())
-        return jax.jit(self._init, out_shardings=shardings)(rng)
+        return jax.jit(self._init, out_shardings=self.shardings())(rng)
 
     def abstract_params(self) -> Any:
         """The tree of jax.ShapeDtypeStruct that `init` returns."""
@@ -45,6 +44,16 @@ class Model:
     def logical_axes(self) -> Any:
         """The same tree with a tuple of logical axis names a leaf."""
         return jax.tree_util.tree_map_with_path(_axes, self.abstract_params())
+
+    def shardings(self) -> Any:
+        """The same tree with the sharding of each parameter on the mesh; None without a mesh.
+
+        Raises InputError for a parameter that its mesh axes do not divide.
+        """
+        if self.mesh is None:
+            return None
+        check_divisible(self.mesh, self.abstract_params(), self.logical_axes())
+        return tree_shardings(self.mesh, self.logical_axes())
 
     def hidden(
         self,
@@ -61,7 +70,8 @@ class Model:
         """
         del rng
         segments_BL, positions_BL = _defaults(tokens_BL, segment_ids_BL, positions_BL)
-        return self._decoder().apply({"params": params}, tokens_BL, segments_BL, positions_BL)
+        hidden_BLD: Any = self._decoder().apply({"params": params}, tokens_BL, segments_BL, positions_BL)
+        return hidden_BLD
 
     def unembed(self, params: Any) -> jax.Array:
         """The kernel (V, D) that turns hidden states into logits, as stored: the head, or the tied embedding."""
@@ -94,10 +104,13 @@ class Model:
         attended. The caller sees to it that the slots suffice: past the end a write would land on the last slots.
         """
         segments_BL, positions_BL = _defaults(tokens_BL, segment_ids_BL, positions_BL)
-        return self._decoder().apply({"params": params}, tokens_BL, segments_BL, positions_BL, cache)
+        both: Any = self._decoder().apply({"params": params}, tokens_BL, segments_BL, positions_BL, cache)
+        return both
 
     def _decoder(self) -> Decoder:
-        return Decoder(self.config, Settings(self.compute_dtype, self.param_dtype, self.attention, self.remat, self.mesh))
+        return Decoder(
+            self.config, Settings(self.compute_dtype, self.param_dtype, self.attention, self.remat, self.mesh)
+        )
 
     def _init(self, rng: jax.Array) -> Any:
         tokens_BL = jnp.zeros((1, 1), jnp.int32)
@@ -106,7 +119,11 @@ class Model:
 
 @functools.partial(jax.jit, static_argnums=0)
 def forward(
-    model: Model, params: Any, tokens_BL: jax.Array, segment_ids_BL: jax.Array | None = None, positions_BL: jax.Array | None = None
+    model: Model,
+    params: Any,
+    tokens_BL: jax.Array,
+    segment_ids_BL: jax.Array | None = None,
+    positions_BL: jax.Array | None = None,
 ) -> jax.Array:
     """float32 logits (B, L, V). Segments default to one a row, positions to 0 .. L-1; segment 0 is padding."""
     return model.logits(params, model.hidden(params, tokens_BL, segment_ids_BL, positions_BL))

@@ -35,7 +35,7 @@ class Context(NamedTuple):
     kv_segments_BS: jax.Array
     q_positions_BL: jax.Array | None
     kv_positions_BS: jax.Array | None
-    index: jax.Array | None
+    start: jax.Array | None
     ropes: tuple[tuple[jax.Array, jax.Array], ...]
 
 
@@ -63,17 +63,17 @@ class Attention(nn.Module):
             tables = context.ropes[c.ropes.index(self.kind.rope)]
             query_BLNH, key_BLKH = rotate(query_BLNH, tables), rotate(key_BLKH, tables)
         if cache is not None:
-            cache = write(cache, key_BLKH, value_BLKH, context.index)
-        key_BSKH, value_BSKH = (key_BLKH, value_BLKH) if cache is None else (cache["key"], cache["value"])
+            cache = write(cache, key_BLKH, value_BLKH, context.start)
+            key_BLKH, value_BLKH = cache["key"], cache["value"]
         mixed_BLNH = attention(
             query_BLNH,
-            key_BSKH,
-            value_BSKH,
+            key_BLKH,
+            value_BLKH,
             q_segments_BL=context.q_segments_BL,
             kv_segments_BS=context.kv_segments_BS,
             q_positions_BL=context.q_positions_BL,
             kv_positions_BS=context.kv_positions_BS,
-            offset=0 if context.index is None else context.index,
+            offset=0 if context.start is None else context.start,
             window=self.kind.window,
             backend=s.attention,
             mesh=s.mesh,
@@ -96,7 +96,9 @@ class Layer(nn.Module):
         def norm(name: str, x: jax.Array) -> jax.Array:
             return RMSNorm(c.norm_eps, s.dtype, s.param_dtype, name=name)(x)
 
-        mixed_BLD, cache = Attention(c, self.kind, s, name="attention")(norm("attention_norm", hidden_BLD), cache, context)
+        mixed_BLD, cache = Attention(c, self.kind, s, name="attention")(
+            norm("attention_norm", hidden_BLD), cache, context
+        )
         hidden_BLD = hidden_BLD + mixed_BLD
         hidden_BLD = hidden_BLD + MLP(c, s.dtype, s.param_dtype, name="mlp")(norm("mlp_norm", hidden_BLD))
         return constrain(hidden_BLD, s.mesh, ("batch", "length", None)), cache

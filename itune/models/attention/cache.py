@@ -36,9 +36,11 @@ def init_cache(config: ModelConfig, batch: int, length: int, dtype: str, mesh: M
     }
 
 
-def write(cache: dict[str, jax.Array], key_BLKH: jax.Array, value_BLKH: jax.Array, index: jax.Array | None) -> dict[str, jax.Array]:
+def write(cache: dict[str, jax.Array], key_BLKH: jax.Array, value_BLKH: jax.Array, index: Any) -> dict[str, jax.Array]:
     """The layer's cache with these keys and values in slots index .. index + L."""
     return {
         "key": jax.lax.dynamic_update_slice_in_dim(cache["key"], key_BLKH.astype(cache["key"].dtype), index, axis=1),
-        "value": jax.lax.dynamic_update_slice_in_dim(cache["value"], value_BLKH.astype(cache["value"].dtype), index, axis=1),
+        "value": jax.lax.dynamic_update_slice_in_dim(
+            cache["value"], value_BLKH.astype(cache["value"].dtype), index, axis=1
+        ),
     }

@@ -36,25 +36,30 @@ def attention(
     del mesh  # XLA partitions this by itself
     length, slots = query_BLNH.shape[1], key_BSKH.shape[1]
     aligned = isinstance(offset, int) and offset == 0 and length == slots
-    positions = q_positions_BL is not None and kv_positions_BS is not None
-    block_fn = functools.partial(_block, window=window, scale=scale, softcap=softcap)
-    if length >= LONG:
-        block_fn = jax.checkpoint(block_fn)
+    attend = functools.partial(_block, window=window, scale=scale, softcap=softcap)
+    block = jax.checkpoint(attend) if length >= LONG else attend
     blocks = []
     for start, stop in _blocks(length):
-        first = max(0, start - window + 1) if aligned and window is not None and not positions else 0
+        first = max(0, start - window + 1) if aligned and window is not None and q_positions_BL is None else 0
         last = stop if aligned else slots
         blocks.append(
-            block_fn(
+            block(
                 query_BLNH[:, start:stop],
                 key_BSKH[:, first:last],
                 value_BSKH[:, first:last],
                 (q_segments_BL[:, start:stop], kv_segments_BS[:, first:last]),
                 (jnp.arange(start, stop) + offset, jnp.arange(first, last)),
-                (q_positions_BL[:, start:stop], kv_positions_BS[:, first:last]) if positions else None,
+                _cut(q_positions_BL, kv_positions_BS, (start, stop), (first, last)),
             )
         )
     return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
+
+
+def _cut(q_positions_BL, kv_positions_BS, queries, keys):
+    """The block's positions, where positions are given."""
+    if q_positions_BL is None or kv_positions_BS is None:
+        return None
+    return q_positions_BL[:, slice(*queries)], kv_positions_BS[:, slice(*keys)]
 
 
 def _blocks(length: int) -> list[tuple[int, int]]:
@@ -68,7 +73,9 @@ def _block(query_BLNH, key_BSKH, value_BSKH, segments, slots, positions, *, wind
     kv_heads = key_BSKH.shape[2]
     precision = jax.lax.Precision.HIGHEST if query_BLNH.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
     query_BLKGH = query_BLNH.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
-    scores = jnp.einsum("blkgh,bskh->bkgls", query_BLKGH, key_BSKH, precision=precision, preferred_element_type=jnp.float32)
+    scores = jnp.einsum(
+        "blkgh,bskh->bkgls", query_BLKGH, key_BSKH, precision=precision, preferred_element_type=jnp.float32
+    )
     scores = scores * scale
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)

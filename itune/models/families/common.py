@@ -1,4 +1,4 @@
-"""What the families' config files share: typed fields with an address, rope in both spellings, the usual tensor names."""
+"""What the families share: typed config fields with an address, rope in both spellings, the usual tensor names."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Fields:
 
 
 def read_rope(hf: Fields) -> Rope:
-    """Rotary settings from `rope_parameters` (newer), or `rope_theta` and `rope_scaling` (older), as transformers does."""
+    """Rotary settings from `rope_parameters` (newer), or from `rope_theta` and `rope_scaling` (older)."""
     nested = hf.section("rope_parameters" if "rope_parameters" in hf else "rope_scaling")
     base = nested.get("rope_theta", float, hf.get("rope_theta", float, 10000.0))
     kind = nested.get("rope_type", str, nested.get("type", str, "default"))
@@ -116,7 +116,10 @@ def _yarn_attention_factor(nested: Fields, factor: float) -> float:
 
 def write_rope(rope: Rope) -> dict[str, Any]:
     """The `rope_parameters` object of a config.json."""
-    fields: dict[str, Any] = {"rope_type": "default" if rope.scaling == "none" else rope.scaling, "rope_theta": rope.base}
+    fields: dict[str, Any] = {
+        "rope_type": "default" if rope.scaling == "none" else rope.scaling,
+        "rope_theta": rope.base,
+    }
     if rope.scaling != "none":
         fields["factor"] = rope.factor
     if rope.scaling in ("llama3", "yarn"):
@@ -141,7 +144,9 @@ def read_kinds(hf: Fields, rope: Rope, window: int | None, first_windowed: int) 
         found = f"layer type {', '.join(unknown)}" if unknown else f"{len(types)} layer types for {layers} layers"
         raise InputError(f"{hf.where}: layer_types: found {found}; expected one of {', '.join(known)} for each layer")
     if window is None and "sliding_attention" in types:
-        raise InputError(f"{hf.where}: layer_types has sliding_attention but sliding_window is not set; expected a number of tokens")
+        raise InputError(
+            f"{hf.where}: layer_types has sliding_attention but sliding_window is not set; expected a number of tokens"
+        )
     return tuple(LayerKind(known[name], rope) for name in types)
 
 
@@ -152,10 +157,14 @@ def read_shared(hf: Fields, *, kv_heads: int | None, head_dim: int | None) -> di
         raise InputError(f"{hf.where}: hidden_act {activation!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
     width, heads = hf.count("hidden_size"), hf.count("num_attention_heads")
     if head_dim is None and "head_dim" not in hf and width % heads:
-        raise InputError(f"{hf.where}: hidden_size {width} is not a multiple of num_attention_heads {heads}; set head_dim")
+        raise InputError(
+            f"{hf.where}: hidden_size {width} is not a multiple of num_attention_heads {heads}; set head_dim"
+        )
     num_kv_heads = hf.count("num_key_value_heads", heads if kv_heads is None else kv_heads)
     if heads % num_kv_heads:
-        raise InputError(f"{hf.where}: num_attention_heads {heads} is not a multiple of num_key_value_heads {num_kv_heads}")
+        raise InputError(
+            f"{hf.where}: num_attention_heads {heads} is not a multiple of num_key_value_heads {num_kv_heads}"
+        )
     size = hf.count("head_dim", head_dim or width // heads)
     if size % 2:
         raise InputError(f"{hf.where}: head_dim {size} is odd; rotary embeddings need an even one")

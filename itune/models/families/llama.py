@@ -5,7 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from itune.models.architecture import ModelConfig
-from itune.models.families.common import LLAMA_WEIGHTS, OLD_ROTARY, Fields, read_kinds, read_rope, read_shared, write_shared
+from itune.models.families.common import (
+    LLAMA_WEIGHTS,
+    OLD_ROTARY,
+    Fields,
+    read_kinds,
+    read_rope,
+    read_shared,
+    write_shared,
+)
 
 WEIGHTS = LLAMA_WEIGHTS
 IGNORED = (OLD_ROTARY,)
@@ -23,4 +31,7 @@ def config_from_hf(hf: Fields) -> ModelConfig:
 
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:
-    return write_shared(config, "llama", "LlamaForCausalLM") | {"attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias}
+    return write_shared(config, "llama", "LlamaForCausalLM") | {
+        "attention_bias": config.qkv_bias,
+        "mlp_bias": config.mlp_bias,
+    }

@@ -5,7 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from itune.models.architecture import ModelConfig
-from itune.models.families.common import LLAMA_WEIGHTS, OLD_ROTARY, Fields, read_kinds, read_rope, read_shared, write_shared
+from itune.models.families.common import (
+    LLAMA_WEIGHTS,
+    OLD_ROTARY,
+    Fields,
+    read_kinds,
+    read_rope,
+    read_shared,
+    write_shared,
+)
 
 WEIGHTS = LLAMA_WEIGHTS
 IGNORED = (OLD_ROTARY,)

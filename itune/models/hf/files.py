@@ -16,7 +16,11 @@ import numpy as np
 
 from itune.types import InputError
 
-DTYPES: dict[str, Any] = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
+DTYPES: dict[str, Any] = {
+    "F32": np.dtype(np.float32),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype(np.float16),
+}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja"]
 MAX_HEADER = 100 << 20  # bytes, the limit of the safetensors library
@@ -40,9 +44,14 @@ def find_folder(path_or_repo: str | os.PathLike, revision: str | None = None) ->
     if Path(given).is_dir():
         return Path(given)
     if Path(given).exists():
-        raise InputError(f"model.path: {given} is a file; expected a folder with config.json and safetensors, or a hub id")
+        raise InputError(
+            f"model.path: {given} is a file; expected a folder with config.json and safetensors, or a hub id"
+        )
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", given) or given.startswith(".") or given.count("/") > 1:
-        raise InputError(f"model.path: no folder {given}; expected a folder with config.json and safetensors, or a hub id{_beside(given)}")
+        raise InputError(
+            f"model.path: no folder {given}; expected a folder with config.json and safetensors, or a hub id"
+            f"{_beside(given)}"
+        )
     return _download(given, revision)
 
 
@@ -65,8 +74,9 @@ def _download(repo: str, revision: str | None) -> Path:
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"model.path: no folder {repo} here, and {repo}{at} is not to be had from the hub ({type(error).__name__}: {reason}); "
-            "give a local folder, check the id and the revision, or run where the hub is reachable"
+            f"model.path: no folder {repo} here, and {repo}{at} is not to be had from the hub "
+            f"({type(error).__name__}: {reason}); give a local folder, "
+            "check the id and the revision, or run where the hub is reachable"
         ) from error
 
 
@@ -106,21 +116,23 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             here = ", ".join(sorted(p.name for p in folder.glob("*.safetensors"))) or "none"
-            raise InputError(f"{folder / INDEX}: names {', '.join(missing)}, missing from the folder; safetensors files there: {here}")
+            raise InputError(
+                f"{folder / INDEX}: names {', '.join(missing)}, which the folder lacks; safetensors files there: {here}"
+            )
         return files, index
     if (folder / SINGLE).exists():
         return [_inside(folder, SINGLE, folder)], None
     pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))
     if pickles:
         raise InputError(
-            f"{folder}: weights only as pickle ({', '.join(pickles[:3])}), which can run code when it is read; convert them where you "
-            "trust them: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
+            f"{folder}: weights only as pickle ({', '.join(pickles[:3])}), which can run code when it is read; "
+            "convert them where you trust them: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
         )
     raise InputError(f"{folder}: no {SINGLE} and no {INDEX}; expected one of them")
 
 
 def _inside(folder: Path, name: str, where: Path) -> Path:
-    """The path of a file of this folder; a name or link that leads out of it is refused, save the hub cache's own links."""
+    """The path of a file of this folder; names and links out of it are refused, save the hub cache's own."""
     if name != os.path.basename(name) or name in ("", ".", ".."):
         raise InputError(f"{where}: file name {name!r} leads out of the folder; expected a plain file name")
     real, home = (folder / name).resolve(), folder.resolve()
@@ -148,7 +160,9 @@ def read_header(file: Path) -> dict[str, Tensor]:
             raise InputError(f"{file}: malformed safetensors header: {type(error).__name__}: {error}") from error
     for tensor in tensors.values():
         if not 8 + length <= tensor.start <= tensor.stop <= size:
-            raise InputError(f"{file}: {tensor.name} ends at byte {tensor.stop} but the file has {size}: cut short; copy it again")
+            raise InputError(
+                f"{file}: {tensor.name} ends at byte {tensor.stop} but the file has {size}: cut short; copy it again"
+            )
     return tensors
 
 

@@ -21,9 +21,10 @@ HEAD, EMBEDDING = "lm_head/kernel", "embed/embedding"
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """leaves: parameter path -> its tensors, one a stacked layer. `tied_head`: a copy of the tied embedding in the file.
+    """leaves: parameter path -> its tensors, one a stacked layer.
 
-    ignored: tensors that the family leaves out. They stay in the checkpoint when it is exported.
+    tied_head: a copy of the tied embedding that the file holds too. ignored: tensors that the family leaves out; they
+    stay in the checkpoint when it is exported.
     """
 
     leaves: dict[str, tuple[Tensor, ...]]
@@ -72,14 +73,18 @@ def make_plan(folder: Path, model: Model, file_vocab: int) -> Plan:
         problems += _index_problems(index, found)
     expected = _expected(model, file_vocab)
     tied_name = FAMILIES[model.family].WEIGHTS[HEAD] if model.config.tie_embeddings else None
-    ignored = [t for name, t in found.items() if name not in expected and name != tied_name and _is_ignored(name, model.family)]
+    ignored = [
+        t for name, t in found.items() if name not in expected and name != tied_name and _is_ignored(name, model.family)
+    ]
     problems += _tensor_problems(expected, found, {t.name for t in ignored} | {tied_name})
     tied_head = found.get(tied_name) if tied_name else None
     if tied_head and not problems:
         problems += _tied_problems(found[FAMILIES[model.family].WEIGHTS[EMBEDDING]], tied_head)
     if problems:
         lines = "\n  ".join(problems)
-        raise InputError(f"{folder}: the weights do not fit its config.json ({model.family}), {len(problems)} problems:\n  {lines}")
+        raise InputError(
+            f"{folder}: the weights do not fit its config.json ({model.family}), {len(problems)} problems:\n  {lines}"
+        )
     leaves = {path: tuple(found[name] for name in names) for path, names in tensor_names(model).items()}
     return Plan(leaves, tied_head, tuple(ignored))
 
@@ -87,7 +92,7 @@ def make_plan(folder: Path, model: Model, file_vocab: int) -> Plan:
 def _expected(model: Model, file_vocab: int) -> dict[str, tuple[int, ...]]:
     """Tensor name -> shape in the file."""
     shapes = {path: leaf.shape for path, leaf in leaf_paths(model.abstract_params()).items()}
-    expected = {}
+    expected: dict[str, tuple[int, ...]] = {}
     for path, names in tensor_names(model).items():
         shape = shapes[path][1:] if path.startswith("blocks/") else shapes[path]
         if path in (HEAD, EMBEDDING):
@@ -110,7 +115,9 @@ def _index_problems(index: dict[str, str], found: dict[str, Tensor]) -> list[str
     return problems + [f"index: {name} of {found[name].file.name} is not listed" for name in found if name not in index]
 
 
-def _tensor_problems(expected: dict[str, tuple[int, ...]], found: dict[str, Tensor], spared: set[str | None]) -> list[str]:
+def _tensor_problems(
+    expected: dict[str, tuple[int, ...]], found: dict[str, Tensor], spared: set[str | None]
+) -> list[str]:
     problems = [f"missing: {name} {list(shape)}" for name, shape in expected.items() if name not in found]
     for name, tensor in found.items():
         if name in spared:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import logging
 import mmap
-
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import SingleDeviceSharding
 
 from itune.models.hf.files import DTYPES, Tensor
 from itune.models.hf.plan import EMBEDDING, HEAD, Plan
 from itune.models.model import Model
-from itune.sharding import tree_shardings
 
 log = logging.getLogger("itune")
 
@@ -26,20 +24,18 @@ THREADS = 4
 
 def read_params(model: Model, plan: Plan, count: Callable[[int], None] | None = None) -> Any:
     """The parameters, placed on the model's mesh. `count` is told the bytes of every slice read."""
-    abstract = model.abstract_params()
-    shardings = (
-        jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), abstract)
-        if model.mesh is None
-        else tree_shardings(model.mesh, model.logical_axes())
-    )
+    shardings = model.shardings()
     with ThreadPoolExecutor(THREADS) as pool:
 
-        def read(path: tuple, leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.Array:
+        def read(path: tuple, leaf: jax.ShapeDtypeStruct, sharding: Any = None) -> jax.Array:
             name = "/".join(entry.key for entry in path)
             reader = LeafReader(name, leaf, plan.leaves[name], pool, count)
+            if sharding is None:
+                return jnp.asarray(reader((slice(None),) * len(leaf.shape)))
             return jax.make_array_from_callback(leaf.shape, sharding, reader)
 
-        return jax.tree_util.tree_map_with_path(read, abstract, shardings)
+        trees = [model.abstract_params()] + ([] if shardings is None else [shardings])
+        return jax.tree_util.tree_map_with_path(read, *trees)
 
 
 class LeafReader:
@@ -52,9 +48,15 @@ class LeafReader:
         self.grown = name in (EMBEDDING, HEAD) and leaf.shape[0] > rows
         if self.grown:
             self.mean = mean_row(tensors[0])
-            log.info("%s: %d rows added to the %d of the checkpoint, each the mean of those", name, leaf.shape[0] - rows, rows)
+            log.info(
+                "%s: %d rows added to the %d of the checkpoint, each the mean of those",
+                name,
+                leaf.shape[0] - rows,
+                rows,
+            )
 
-    def __call__(self, index: tuple[slice, ...]) -> np.ndarray:
+    def __call__(self, index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None  # None is for extended dtypes only
         bounds = [slice(*part.indices(size)) for part, size in zip(index, self.leaf.shape, strict=True)]
         out = np.empty([part.stop - part.start for part in bounds], self.leaf.dtype)
         if self.stacked:
@@ -74,7 +76,9 @@ class LeafReader:
         out[old:] = self.mean[columns]
 
 
-def read_slice(tensor: Tensor, bounds: list[slice], out: np.ndarray, count: Callable[[int], None] | None = None) -> None:
+def read_slice(
+    tensor: Tensor, bounds: list[slice], out: np.ndarray, count: Callable[[int], None] | None = None
+) -> None:
     """Copy tensor[bounds] into `out`, converting to its dtype. Maps at most CHUNK bytes of the file at a time."""
     dtype = DTYPES[tensor.dtype]
     if out.size == 0:
@@ -88,12 +92,21 @@ def read_slice(tensor: Tensor, bounds: list[slice], out: np.ndarray, count: Call
             page = begin - begin % mmap.ALLOCATIONGRANULARITY
             size = begin - page + (last - first) * row_bytes
             with mmap.mmap(stream.fileno(), size, offset=page, access=mmap.ACCESS_READ) as view:
-                _copy(view, begin - page, (last - first, *tensor.shape[1:]), dtype, bounds, out[first - bounds[0].start :][: last - first])
+                _copy(
+                    view,
+                    begin - page,
+                    (last - first, *tensor.shape[1:]),
+                    dtype,
+                    bounds,
+                    out[first - bounds[0].start :][: last - first],
+                )
     if count is not None:
         count(out.size * dtype.itemsize)
 
 
-def _copy(view: mmap.mmap, offset: int, shape: tuple[int, ...], dtype: np.dtype, bounds: list[slice], out: np.ndarray) -> None:
+def _copy(
+    view: mmap.mmap, offset: int, shape: tuple[int, ...], dtype: np.dtype, bounds: list[slice], out: np.ndarray
+) -> None:
     # a function of its own, so that no array refers to the map when it is closed
     rows = np.frombuffer(view, dtype, count=int(np.prod(shape)), offset=offset).reshape(shape)
     convert(rows[(slice(None), *bounds[1:])], out)
@@ -117,5 +130,3 @@ def mean_row(tensor: Tensor) -> np.ndarray:
         read_slice(tensor, [slice(first, last), slice(0, tensor.shape[1])], rows)
         total += rows.sum(axis=0, dtype=np.float64)
     return (total / tensor.shape[0]).astype(np.float32)
-
-

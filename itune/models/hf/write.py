@@ -1,0 +1,227 @@
+"""Write a Hugging Face folder: weights in shards with an index, and config.json. It is there whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import json
+import os
+import shutil
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from itune.models.families import FAMILIES
+from itune.models.hf.files import DTYPES, INDEX, SINGLE, Tensor, find_folder, read_config
+from itune.models.hf.plan import EMBEDDING, Plan, leaf_paths, make_plan, tensor_names
+from itune.models.model import Model
+from itune.types import InputError, RunError
+
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def save_pretrained(
+    folder: str | os.PathLike,
+    model: Model,
+    params: Any,
+    *,
+    source: str | os.PathLike | None = None,
+    revision: str | None = None,
+    dtype: str | None = None,
+    max_shard_bytes: float = 5e9,
+) -> None:
+    """Write weights, index and config.json of a trained model to a new folder.
+
+    `source` is the checkpoint that the model was loaded from: its config.json is passed through in its own spelling
+    with only what changed, each tensor keeps its dtype there unless `dtype` is given, and tensors that the model does
+    not use are copied. Without a source the config is written in the newer spelling, and tensors in `dtype` or the
+    parameters' own. One tensor at a time is in host memory. On several hosts all must call this; the first one writes.
+    Raises InputError when the folder exists and is not empty, RunError when the disk fails; then nothing is left.
+    """
+    folder = Path(folder)
+    if folder.is_dir() and any(folder.iterdir()):
+        raise InputError(f"{folder}: exists and is not empty; expected a new folder")
+    origin = None if source is None else find_folder(source, revision)
+    hf = None if origin is None else read_config(origin)
+    plan = None if origin is None or hf is None else make_plan(origin, model, int(hf["vocab_size"]))
+    outputs = _outputs(model, params, plan, dtype)
+    shards = _shards(outputs, max_shard_bytes)
+    with _whole(folder) as staging:
+        for name, tensors in shards.items():
+            _write_shard(staging and staging / name, tensors)
+        if staging:
+            if len(shards) > 1:
+                _write_file(staging / INDEX, _index(shards))
+            config = _config(model, hf, dtype)
+            unchanged = origin is not None and config == hf
+            text = (origin / "config.json").read_bytes() if origin and unchanged else _json(config)
+            _write_file(staging / "config.json", text)
+
+
+class Output:
+    """A tensor to write: its name, shape and dtype, and where its values come from."""
+
+    def __init__(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: str,
+        leaf: jax.Array | None,
+        layer: int | None,
+        copy: Tensor | None,
+    ):
+        self.name, self.shape, self.dtype, self.leaf, self.layer, self.copy = name, shape, dtype, leaf, layer, copy
+        if copy is not None:
+            self.bytes = copy.stop - copy.start
+        else:
+            self.bytes = int(np.prod(shape)) * DTYPES[dtype].itemsize
+
+    def read(self) -> np.ndarray:
+        """The values as flat bytes, on the host."""
+        if self.copy is not None:
+            return np.fromfile(self.copy.file, np.uint8, self.bytes, offset=self.copy.start)
+        assert self.leaf is not None
+        values = _take(self.leaf, self.layer or 0, self.layer is not None, DTYPES[self.dtype].name)
+        if not values.is_fully_addressable:
+            from jax.experimental import multihost_utils
+
+            values = multihost_utils.process_allgather(values, tiled=True)
+        return np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _take(leaf: jax.Array, layer: int, stacked: bool, dtype: str) -> jax.Array:
+    value = jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False) if stacked else leaf
+    return value.astype(dtype)
+
+
+def _outputs(model: Model, params: Any, plan: Plan | None, dtype: str | None) -> list[Output]:
+    """Every tensor of the folder, in the order of the names."""
+    leaves = leaf_paths(params)
+    wanted = NAMES[np.dtype(getattr(ml_dtypes, dtype, dtype))] if dtype else None
+    outputs = []
+    for path, names in tensor_names(model).items():
+        leaf = leaves[path]
+        stacked = path.startswith("blocks/")
+        for i, name in enumerate(names):
+            kept = plan.leaves[path][i].dtype if plan else NAMES[np.dtype(leaf.dtype)]
+            outputs.append(Output(name, leaf.shape[stacked:], wanted or kept, leaf, i if stacked else None, None))
+    if plan and plan.tied_head:
+        leaf = leaves[EMBEDDING]
+        outputs.append(Output(plan.tied_head.name, leaf.shape, wanted or plan.tied_head.dtype, leaf, None, None))
+    for tensor in plan.ignored if plan else ():
+        outputs.append(Output(tensor.name, tensor.shape, tensor.dtype, None, None, tensor))
+    return sorted(outputs, key=lambda output: output.name)
+
+
+def _shards(outputs: list[Output], limit: float) -> dict[str, list[Output]]:
+    """File name -> its tensors, in order, each file at most `limit` bytes unless one tensor is larger."""
+    groups: list[list[Output]] = [[]]
+    size = 0
+    for output in outputs:
+        if groups[-1] and size + output.bytes > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(output)
+        size += output.bytes
+    if len(groups) == 1:
+        return {SINGLE: groups[0]}
+    return {f"model-{i:05}-of-{len(groups):05}.safetensors": group for i, group in enumerate(groups, 1)}
+
+
+def _write_shard(file: Path | None, tensors: list[Output]) -> None:
+    """A safetensors file, one tensor in memory at a time. Without a file (not the first host) only gather."""
+    # wide dtypes first keeps every tensor aligned to its width, as the safetensors library does
+    tensors = sorted(tensors, key=lambda t: -DTYPES[t.dtype].itemsize if t.dtype in DTYPES else 0)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file without it
+    position = 0
+    for tensor in tensors:
+        offsets = [position, position + tensor.bytes]
+        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": offsets}
+        position += tensor.bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(file, "wb") if file else contextlib.nullcontext() as stream:
+        if stream:
+            stream.write(struct.pack("<Q", len(text)) + text)
+        for tensor in tensors:
+            values = tensor.read()
+            if stream:
+                stream.write(values.data)
+        if stream:
+            _sync(stream)
+
+
+def _index(shards: dict[str, list[Output]]) -> bytes:
+    total = sum(tensor.bytes for tensors in shards.values() for tensor in tensors)
+    places = {tensor.name: file for file, tensors in shards.items() for tensor in tensors}
+    return _json({"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))})
+
+
+def _config(model: Model, hf: dict[str, Any] | None, dtype: str | None) -> dict[str, Any]:
+    """The source's config with what changed; without a source a new one."""
+    if hf is None:
+        return FAMILIES[model.family].config_to_hf(model.config) | {"dtype": dtype or model.param_dtype}
+    changed = dict(hf)
+    if model.config.vocab_size != hf["vocab_size"]:
+        changed["vocab_size"] = model.config.vocab_size
+    if dtype:
+        changed["torch_dtype" if "torch_dtype" in hf else "dtype"] = dtype
+    return changed
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _write_file(file: Path, content: bytes) -> None:
+    with open(file, "wb") as stream:
+        stream.write(content)
+        _sync(stream)
+
+
+def _sync(stream: Any) -> None:
+    stream.flush()
+    os.fsync(stream.fileno())
+
+
+@contextlib.contextmanager
+def _whole(folder: Path) -> Iterator[Path | None]:
+    """A staging folder beside `folder` that takes its name when all went well, and is removed otherwise.
+
+    None on hosts other than the first.
+    """
+    if jax.process_index() != 0:
+        yield None
+        return
+    staging = folder.parent / f".{folder.name}.{os.getpid()}.partial"
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staging.mkdir()
+        yield staging
+        _sync_folder(staging)
+        os.replace(staging, folder)
+        _sync_folder(folder.parent)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(folder.parent).free
+            raise RunError(
+                f"{folder}: the disk is full ({free} bytes free); free some space or choose another folder"
+            ) from error
+        raise RunError(f"{folder}: could not be written: {error}") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
