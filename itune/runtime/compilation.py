@@ -15,7 +15,7 @@ def cache_folder() -> Path:
 
 def use_compilation_cache() -> None:
     """Turn on jax's persistent compilation cache, for programs of any size. JAX_COMPILATION_CACHE_DIR is respected."""
-    if not jax.config.values.get("jax_compilation_cache_dir"):
+    if not getattr(jax.config, "jax_compilation_cache_dir", None):
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compilation"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

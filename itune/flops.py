@@ -1,0 +1,65 @@
+"""Floating-point operations of a training step by formula, and what devices can do at most.
+
+N_mat counts the entries of every matrix that multiplies activations: layers and head, not the embedding lookup. A token
+costs 2 N_mat forward; a (query, key) pair costs 4 N H in every layer (scores and weighted values). The backward pass
+costs twice the forward pass. Recomputation is not counted: this is work the model needs, not work the hardware did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+# peak bfloat16 FLOP/s of one device, dense; the first name that the device's kind contains decides
+PEAKS: tuple[tuple[str, float], ...] = (
+    ("H200", 989.4e12),
+    ("H100", 989.4e12),
+    ("A100", 312e12),
+    ("TPU v6", 920e12),
+    ("TPU v5 lite", 197e12),
+    ("TPU v5e", 197e12),
+    ("TPU v5", 459e12),
+    ("TPU v4", 275e12),
+)
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Peak bfloat16 FLOP/s of a device by `jax.Device.device_kind`; None when it is not known (CPU)."""
+    return next((peak for name, peak in PEAKS if name.lower() in device_kind.lower()), None)
+
+
+def matrix_parameters(config: Any) -> int:
+    """N_mat of a ModelConfig."""
+    attention = config.width * config.head_dim * (2 * config.num_heads + 2 * config.num_kv_heads)
+    return config.num_layers * (attention + 3 * config.width * config.mlp_width) + config.width * config.vocab_size
+
+
+def windows(config: Any) -> tuple[int | None, ...]:
+    """The attention window of each layer in tokens; None sees everything before it."""
+    return tuple(kind.window for kind in config.kinds)
+
+
+def visible_pairs(positions_BL: np.ndarray, segment_ids_BL: np.ndarray, window: int | None = None) -> int:
+    """Causal (query, key) pairs within segments, padding left out: packed lengths are counted as they are."""
+    seen_BL = positions_BL.astype(np.int64) + 1
+    if window is not None:
+        seen_BL = np.minimum(seen_BL, window)
+    return int(seen_BL[segment_ids_BL > 0].sum())
+
+
+def batch_pairs(config: Any, batch: Any) -> dict[int | None, int]:
+    """Window -> visible pairs of a host batch, for each window that the model's layers have."""
+    return {w: visible_pairs(batch.positions_BL, batch.segment_ids_BL, w) for w in dict.fromkeys(windows(config))}
+
+
+def forward_flops(config: Any, tokens: int, pairs: Mapping[int | None, int]) -> float:
+    """FLOPs of one forward pass over `tokens` real tokens with `pairs` visible pairs by window."""
+    attention = sum(4.0 * config.num_heads * config.head_dim * pairs[window] for window in windows(config))
+    return 2.0 * matrix_parameters(config) * tokens + attention
+
+
+def train_flops(config: Any, tokens: int, pairs: Mapping[int | None, int]) -> float:
+    """FLOPs of forward and backward, all parameters trained."""
+    return 3.0 * forward_flops(config, tokens, pairs)

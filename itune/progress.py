@@ -1,0 +1,87 @@
+"""What the user sees while a run goes: a bar in a terminal, a plain line every few steps elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+
+class Progress:
+    """Shows steps, and takes lines of text in between.
+
+    Args:
+      total: optimizer steps of the whole run.
+      done: steps that an earlier process has finished.
+      terminal: a bar (True), plain lines (False), or what standard output is (None).
+      quiet: show nothing at all (the processes other than the first).
+    """
+
+    def __init__(self, total: int, done: int = 0, *, terminal: bool | None = None, quiet: bool = False) -> None:
+        self.total, self._done, self._quiet = total, done, quiet
+        self._started = time.monotonic()
+        self._bar: Any = None
+        self._task: Any = None
+        if (sys.stdout.isatty() if terminal is None else terminal) and not quiet:
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+            from rich.progress import Progress as Bar
+
+            self._bar = Bar(
+                BarColumn(bar_width=10), MofNCompleteColumn(), TextColumn("{task.fields[facts]}")  # fits 80 columns
+            )
+            self._task = self._bar.add_task("train", total=total, completed=done, facts="compiling")
+            self._bar.start()
+
+    def log(self, text: str) -> None:
+        """A line of text, above the bar."""
+        if self._bar:
+            self._bar.console.print(text, highlight=False, markup=False)
+        elif not self._quiet:
+            print(text, flush=True)
+
+    def show(self, step: int, values: Mapping[str, Any]) -> None:
+        """A logged step: updates the bar, or prints a plain line."""
+        facts = describe(values, self.seconds_left(step))
+        if self._bar:
+            self._bar.update(self._task, completed=step, facts=" ".join(facts))
+        elif not self._quiet:
+            facts.insert(1, f"lr {values['learning_rate']:.2e}")
+            print("  ".join([f"step {step}/{self.total}", *facts]), flush=True)
+
+    def advance(self, step: int) -> None:
+        """A step that is not logged moves the bar only."""
+        if self._bar:
+            self._bar.update(self._task, completed=step)
+
+    def start_clock(self, step: int) -> None:
+        """Time left is reckoned from here: after compilation, and again after an evaluation."""
+        self._started, self._done = time.monotonic(), step
+
+    def seconds_left(self, step: int) -> float | None:
+        ran = step - self._done
+        return (time.monotonic() - self._started) / ran * (self.total - step) if ran > 0 else None
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.stop()
+            self._bar = None
+
+
+def describe(values: Mapping[str, Any], seconds_left: float | None = None) -> list[str]:
+    """loss 1.2345, 1,234 tok/s, mfu 41.2%, 1.20 GB, left 0:12:10; what is not known shows as -."""
+    speed, mfu, memory = values.get("tokens_per_second"), values.get("mfu"), values.get("memory")
+    return [
+        f"loss {values['loss']:.4f}",
+        f"{speed:,.0f} tok/s" if speed is not None else "- tok/s",
+        f"mfu {mfu:.1%}" if mfu is not None else "mfu -",
+        f"{memory / 1e9:.2f} GB" if memory is not None else "- GB",
+        f"left {format_seconds(seconds_left)}",
+    ]
+
+
+def format_seconds(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
