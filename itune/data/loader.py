@@ -1,0 +1,219 @@
+"""Step -> Batch, a pure function of (fingerprint, seed, step); rows of it for one host; prefetched in the background."""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import hashlib
+import json
+import math
+import queue
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from itune.data.mixture import draws
+from itune.data.packing import pack
+from itune.data.store import ExampleStore
+from itune.types import Batch, InputError
+
+Rows = list[np.ndarray]
+
+
+class Loader:
+    """Batches of an ExampleStore for training.
+
+    store: the examples. batch_size: rows of the global batch. max_length: tokens a row. packing: several examples a row.
+    seed: decides every epoch's order. epochs: passes over the data, 1.5 is one and a half. max_steps: ends earlier or later than
+    `epochs` where above 0. mixture: source name -> weight; None or {} takes each example once an epoch.
+    Raises InputError for an empty store, an example longer than max_length, or a mixture that does not fit the sources.
+    """
+
+    def __init__(self, store: ExampleStore, *, batch_size: int, max_length: int, packing: bool = True, seed: int = 0,
+                 epochs: float = 1.0, max_steps: int = 0, mixture: Mapping[str, float] | None = None):  # fmt: skip
+        if len(store) == 0:
+            raise InputError("data.train: no example is left to train on; see the drops in the data report")
+        self.store, self.batch_size, self.max_length = store, batch_size, max_length
+        self.packing, self.seed, self.mixture = packing, seed, dict(mixture or {})
+        self._step_ends: list[int] = []
+        self.steps_per_epoch = self._epoch_steps(0)
+        self.total_steps = max_steps or self._steps_of(epochs)
+
+    @property
+    def efficiency(self) -> float:
+        """Share of the first epoch's token positions that hold a token."""
+        tokens = sum(int(self.store.lengths[row].sum()) for row in self._plan(0))
+        return tokens / (self.steps_per_epoch * self.batch_size * self.max_length)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all that decides the content of batch `step`; how many steps are taken is not part of it."""
+        parts = [self.store.fingerprint, self.batch_size, self.max_length, self.packing, self.seed, sorted(self.mixture.items())]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def batch(self, step: int) -> Batch:
+        """The global batch of `step`, counted from 0: int32 and float32 arrays of shape (batch_size, max_length)."""
+        return self.rows(step, 0, self.batch_size)
+
+    def rows(self, step: int, start: int, stop: int) -> Batch:
+        """Rows [start, stop) of the global batch of `step`, for one host."""
+        return build_batch(self.store, self._members(step)[start:stop], stop - start, self.max_length)
+
+    def addresses(self, step: int) -> list[list[str]]:
+        """For each row of the global batch, the addresses of its examples in order."""
+        found = [[str(self.store.address(i)) for i in row.tolist()] for row in self._members(step)]
+        return found + [[] for _ in range(self.batch_size - len(found))]
+
+    def epoch(self, step: int) -> float:
+        """Passes over the data that are done before `step`."""
+        number, inside = self._locate(step)
+        return number + inside / self._epoch_steps(number)
+
+    def iterate(self, start_step: int = 0, rows: tuple[int, int] | None = None, ahead: int = 4) -> Iterator[tuple[int, Batch]]:
+        """(step, batch) from `start_step` to the last, built `ahead` steps early by one thread. `rows` as in `rows()`."""
+        start, stop = rows or (0, self.batch_size)
+        steps = range(start_step, self.total_steps)
+        return prefetched(((step, self.rows(step, start, stop)) for step in steps), ahead)
+
+    def _members(self, step: int) -> Rows:
+        epoch, inside = self._locate(step)
+        return self._plan(epoch)[inside * self.batch_size : (inside + 1) * self.batch_size]
+
+    def _locate(self, step: int) -> tuple[int, int]:
+        """(epoch, step within it)."""
+        if step < 0:
+            raise IndexError(f"step {step}; steps are counted from 0")
+        if not self.mixture:
+            return divmod(step, self.steps_per_epoch)
+        while not self._step_ends or self._step_ends[-1] <= step:
+            last = self._step_ends[-1] if self._step_ends else 0
+            self._step_ends.append(last + self._epoch_steps(len(self._step_ends)))
+        epoch = bisect.bisect_right(self._step_ends, step)
+        return epoch, step - (self._step_ends[epoch - 1] if epoch else 0)
+
+    def _epoch_steps(self, epoch: int) -> int:
+        return math.ceil(len(self._plan(epoch if self.mixture else 0)) / self.batch_size)
+
+    def _steps_of(self, epochs: float) -> int:
+        whole = math.floor(epochs)
+        if not self.mixture:
+            return max(1, math.ceil(epochs * self.steps_per_epoch - 1e-9))
+        part = math.ceil((epochs - whole) * self._epoch_steps(whole) - 1e-9) if epochs > whole else 0
+        return max(1, sum(self._epoch_steps(epoch) for epoch in range(whole)) + part)
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019 (a loader lives as long as its run)
+    def _plan(self, epoch: int) -> Rows:
+        """Rows of example indices of one epoch, in training order."""
+        rng = np.random.default_rng([self.seed, epoch])
+        chosen = draws(self.store.sources, self.store.source_names, self.mixture, rng)
+        chosen = chosen[rng.permutation(len(chosen))]
+        if self.packing:
+            rows = [chosen[row] for row in pack(self.store.lengths[chosen], self.max_length)]
+        else:
+            longest = int(self.store.lengths[chosen].max())
+            if longest > self.max_length:
+                raise InputError(f"an example has {longest} tokens; expected at most {self.max_length} (data.max_length)")
+            rows = [chosen[i : i + 1] for i in range(len(chosen))]
+        return [rows[i] for i in rng.permutation(len(rows)).tolist()]
+
+
+def build_batch(store: ExampleStore, members: Sequence[np.ndarray], rows: int, max_length: int) -> Batch:
+    """`rows` rows of `max_length` positions; row b holds the examples `members[b]`, rows beyond have weight 0.
+
+    The shift happens here: targets_BL is the next token of the same segment, and a segment's last token has weight 0.
+    """
+    tokens_BL = np.zeros((rows, max_length), np.int32)
+    targets_BL = np.zeros((rows, max_length), np.int32)
+    loss_weights_BL = np.zeros((rows, max_length), np.float32)
+    segment_ids_BL = np.zeros((rows, max_length), np.int32)
+    positions_BL = np.zeros((rows, max_length), np.int32)
+    for b, row in enumerate(members):
+        start = 0
+        for segment, index in enumerate(row.tolist(), start=1):
+            begin, end = int(store.offsets[index]), int(store.offsets[index + 1])
+            n = end - begin
+            tokens_BL[b, start : start + n] = store.tokens[begin:end]
+            targets_BL[b, start : start + n - 1] = store.tokens[begin + 1 : end]
+            loss_weights_BL[b, start : start + n - 1] = store.weights[begin + 1 : end]
+            segment_ids_BL[b, start : start + n] = segment
+            positions_BL[b, start : start + n] = np.arange(n, dtype=np.int32)
+            start += n
+    return Batch(tokens_BL, targets_BL, loss_weights_BL, segment_ids_BL, positions_BL)
+
+
+class EvalBatches(Sequence[Batch]):
+    """Batches that hold each example of a store once, in a fixed order; built when they are asked for."""
+
+    def __init__(self, store: ExampleStore, batch_size: int, max_length: int, packing: bool = True):
+        self.store, self.batch_size, self.max_length = store, batch_size, max_length
+        rows = pack(store.lengths, max_length) if packing else [np.asarray([i]) for i in range(len(store))]
+        self._rows = sorted((np.sort(row) for row in rows), key=lambda row: int(row[0]))
+
+    def __len__(self) -> int:
+        return math.ceil(len(self._rows) / self.batch_size)
+
+    def __getitem__(self, number):  # type: ignore[no-untyped-def, override]
+        if isinstance(number, slice):
+            return [self[i] for i in range(*number.indices(len(self)))]
+        return build_batch(self.store, self._members(number), self.batch_size, self.max_length)
+
+    def example_index_BL(self, number: int) -> np.ndarray:
+        """int32: the example that each position of batch `number` belongs to, -1 where there is none."""
+        index_BL = np.full((self.batch_size, self.max_length), -1, np.int32)
+        for b, row in enumerate(self._members(number)):
+            filled = np.repeat(row, self.store.lengths[row])
+            index_BL[b, : len(filled)] = filled
+        return index_BL
+
+    def _members(self, number: int) -> Rows:
+        if not -len(self) <= number < len(self):
+            raise IndexError(f"batch {number} of {len(self)}")
+        number %= len(self)
+        return self._rows[number * self.batch_size : (number + 1) * self.batch_size]
+
+
+def eval_batches(store: ExampleStore, batch_size: int, max_length: int, packing: bool = True) -> EvalBatches:
+    """Batches for evaluation; the last one is filled with rows of weight 0. Raises InputError for too long an example."""
+    return EvalBatches(store, batch_size, max_length, packing)
+
+
+def prefetched(items: Iterator, ahead: int) -> Iterator:
+    """`items`, computed up to `ahead` early in a daemon thread; its exception is raised where the item is due."""
+    results: queue.Queue = queue.Queue(maxsize=max(1, ahead))
+    stopped = threading.Event()
+    done = object()
+
+    def put(entry: tuple) -> bool:
+        while not stopped.is_set():
+            try:
+                results.put(entry, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        try:
+            for item in items:
+                if not put((item, None)):
+                    return
+            put((done, None))
+        except BaseException as error:  # whatever it is belongs to the consumer
+            put((done, error))
+
+    def consume() -> Iterator:
+        thread = threading.Thread(target=work, name="itune-prefetch", daemon=True)
+        thread.start()
+        try:
+            while True:
+                item, error = results.get()
+                if error is not None:
+                    raise error
+                if item is done:
+                    return
+                yield item
+        finally:
+            stopped.set()
+
+    return consume()

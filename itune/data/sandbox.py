@@ -1,0 +1,178 @@
+"""Chat templates are code of strangers: they run in jinja2's immutable sandbox, with limits on time and size.
+
+The helpers are those that templates expect from transformers: raise_exception, strftime_now, tojson, loop controls and the
+`generation` tag.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+import re
+import time
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes as nodes
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+
+SECONDS = 2.0  # one rendering
+CHARACTERS = 50_000_000  # one string, and the whole output
+ARGUMENT = 1_000_000  # a whole number handed to a text method or filter
+# Templates may print today's date. A run that changes at midnight could not be resumed, so they get one fixed day.
+TODAY = datetime.datetime(2024, 7, 26)
+
+
+class TemplateLimit(jinja2.TemplateError):
+    """A template used more time or memory than it may."""
+
+
+class Guard(jinja2.ext.Extension):
+    """Counts: every turn of a loop or macro calls `tick`, every concatenation goes through `concat`."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2's interface)
+    deadline = float("inf")
+
+    def parse(self, parser: Any) -> nodes.Node:
+        """`{% generation %}` marks what the model writes; masks are derived otherwise, so its body is all that stays."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body).set_lineno(line)
+
+    def tick(self) -> bool:
+        if time.monotonic() > self.deadline:
+            raise TemplateLimit(f"the template ran longer than {SECONDS:g} s")
+        return True
+
+    def concat(self, *parts: Any) -> str:
+        self.tick()
+        texts = [str(part) for part in parts]
+        check_size(sum(map(len, texts)))
+        return "".join(texts)
+
+
+class Sandbox(ImmutableSandboxedEnvironment):
+    """The environment that templates are compiled in."""
+
+    intercepted_binops = frozenset(("+", "*", "**", "%"))
+
+    def __init__(self) -> None:
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[Guard, jinja2.ext.loopcontrols])
+        self.guard: Guard = self.extensions[Guard.identifier]  # type: ignore[assignment]
+        self.filters = {name: _limited(function, self.guard) for name, function in self.filters.items()}
+        self.filters["tojson"] = _tojson
+        self.globals.update(raise_exception=_raise_exception, strftime_now=TODAY.strftime)
+
+    def compiled(self, source: str) -> jinja2.Template:
+        """`source` as a template with the guard's calls woven in. Raises jinja2.TemplateSyntaxError."""
+        tree = self.parse(source)
+        for node in list(tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock))):
+            node.body.insert(0, nodes.ExprStmt(_call("tick"), lineno=node.lineno))
+            if isinstance(node, nodes.For) and node.test is not None:
+                node.test = nodes.And(_call("tick"), node.test)
+        _replace_concat(tree)
+        tree.set_environment(self)
+        return self.from_string(tree)
+
+    def render(self, template: jinja2.Template, variables: dict[str, Any]) -> str:
+        """The rendered text. Raises jinja2.TemplateError, of which TemplateLimit is one kind."""
+        self.guard.deadline = time.monotonic() + SECONDS
+        size, pieces = 0, []
+        for piece in template.generate(variables):
+            size += len(piece)
+            check_size(size)
+            pieces.append(piece)
+        return "".join(pieces)
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "+" and isinstance(left, str) and isinstance(right, str):
+            check_size(len(left) + len(right))
+        elif operator == "+" and isinstance(left, list | tuple):
+            check_size(len(left) + len(right))
+        elif operator == "*":
+            check_size(_size(left) * right if isinstance(right, int) else _size(right) * left if isinstance(left, int) else 0)
+        elif operator == "**" and (not isinstance(right, int | float) or abs(right) > 64):
+            raise TemplateLimit("the template raises a number to a power above 64")
+        elif operator == "%" and isinstance(left, str) and re.search(r"\d{6}|\*", left):
+            raise TemplateLimit("the template formats text with a width of six digits or of its choice")
+        return super().call_binop(context, operator, left, right)
+
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805 (jinja2's interface)
+        owner = getattr(__obj, "__self__", None)
+        if isinstance(owner, str | bytes):
+            __self.guard.tick()
+            _check_arguments(args, kwargs)
+            name = __obj.__name__
+            if name == "replace" and len(args) > 1:
+                check_size(len(owner) + (owner.count(args[0]) or 0) * len(args[1]))
+            elif name == "join" and args:
+                args = (list(args[0]),)
+                check_size(sum(map(_size, args[0])) + len(owner) * len(args[0]))
+        return super().call(__context, __obj, *args, **kwargs)
+
+    def wrap_str_format(self, value: Any) -> Any:
+        wrapped = super().wrap_str_format(value)
+        if wrapped is not None and re.search(r"\d{6}|\{[^}]*\{", str(value.__self__)):
+            raise TemplateLimit("the template formats text with a width of six digits or of its choice")
+        return wrapped
+
+    def call_filter(self, *args: Any, **kwargs: Any) -> Any:
+        self.guard.tick()
+        return super().call_filter(*args, **kwargs)
+
+
+def check_size(size: int) -> None:
+    if size > CHARACTERS:
+        raise TemplateLimit(f"the template makes a text of {size:,} characters; the limit is {CHARACTERS:,}")
+
+
+def _size(value: Any) -> int:
+    return len(value) if isinstance(value, str | bytes | list | tuple) else value.bit_length() if isinstance(value, int) else 0
+
+
+def _check_arguments(args: Any, kwargs: Any) -> None:
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, int) and abs(value) > ARGUMENT:
+            raise TemplateLimit(f"the template asks for {value:,} characters; the limit is {ARGUMENT:,}")
+
+
+def _limited(function: Any, guard: Guard) -> Any:
+    @functools.wraps(function)
+    def filtered(*args: Any, **kwargs: Any) -> Any:
+        guard.tick()
+        _check_arguments(args, kwargs)
+        return function(*args, **kwargs)
+
+    return filtered
+
+
+def _call(method: str, *args: nodes.Expr) -> nodes.Call:
+    return nodes.Call(nodes.ExtensionAttribute(Guard.identifier, method), list(args), [], None, None)
+
+
+def _replace_concat(node: nodes.Node) -> None:
+    for name, value in node.iter_fields():
+        items = value if isinstance(value, list) else [value]
+        for index, item in enumerate(items):
+            if isinstance(item, nodes.Node):
+                _replace_concat(item)
+            if isinstance(item, nodes.Concat):
+                call = _call("concat", *item.nodes).set_lineno(item.lineno)
+                if isinstance(value, list):
+                    value[index] = call
+                else:
+                    setattr(node, name, call)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None,
+            sort_keys: bool = False) -> str:  # fmt: skip
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+__all__ = ["Sandbox", "SecurityError", "TemplateLimit"]

@@ -1,0 +1,202 @@
+"""Where rows come from: files, folders, globs, dataset ids -> rows with an address (source, file, line)."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import glob
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from itune.data.jsonl import read_json_array, read_jsonl
+from itune.types import Address, InputError
+
+SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst", ".parquet")
+
+
+class Row(NamedTuple):
+    """One record as it stands in its source: field name -> value."""
+
+    address: Address
+    fields: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A named set of rows: `files` on disk, or `identifier` of a Hugging Face or TFDS dataset."""
+
+    name: str
+    spec: str
+    files: tuple[str, ...] = ()
+    kind: str = "files"  # files | saved | hub | tfds
+
+    def rows(self) -> Iterator[Row]:
+        """Every row in order. Raises InputError with file and line for what cannot be read."""
+        if self.kind == "files":
+            for file in self.files:
+                yield from _read_file(self.name, file)
+        else:
+            for index, fields in enumerate(_open_dataset(self)):
+                yield Row(Address(self.name, self.spec, index + 1), _plain(fields))
+
+    def digest(self) -> str:
+        """Hash of the content: of every file's bytes, or what the dataset library calls its fingerprint."""
+        hasher = hashlib.sha256(f"{self.name}\0{self.kind}".encode())
+        if self.kind == "files":
+            for file in self.files:
+                hasher.update(f"\0{Path(file).name}\0".encode())
+                with open(file, "rb") as stream:
+                    hasher.update(hashlib.file_digest(stream, "sha256").digest())
+        else:
+            dataset = _open_dataset(self)
+            print_of = getattr(dataset, "_fingerprint", None) or getattr(dataset, "fingerprint", None) or self.spec
+            hasher.update(str(print_of).encode())
+        return hasher.hexdigest()
+
+
+def open_sources(spec: Any, key: str = "data.train") -> list[Source]:
+    """The sources that a config value names: text, a tuple of texts, or a dict name -> text.
+
+    Names are unique: file stems, made longer by their folder where two are alike. Raises InputError for a missing file
+    (with the nearest name), an empty folder, or an unknown kind of file.
+    """
+    if isinstance(spec, Mapping):
+        return [_open(str(name), text, f"{key}.{name}") for name, text in spec.items()]
+    texts = [spec] if isinstance(spec, str) else list(spec)
+    texts = [text for text in texts if text]
+    if not texts:
+        raise InputError(f"{key} is empty; expected a file, a folder, a glob or a dataset id")
+    names = [_short_name(text) for text in texts]
+    if len(set(names)) < len(names):
+        names = texts
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InputError(f"{key} names {twice} twice")
+    return [_open(name, text, key) for name, text in zip(names, texts)]
+
+
+def _short_name(text: str) -> str:
+    name = text.rstrip("/").rsplit("/", 1)[-1]
+    for suffix in sorted(SUFFIXES, key=len, reverse=True):
+        name = name.removesuffix(suffix)
+    return name or text
+
+
+def _open(name: str, text: Any, key: str) -> Source:
+    if not isinstance(text, str):
+        raise InputError(f"{key} must be text that names a file or a dataset, found {type(text).__name__} {text!r}")
+    if text.startswith("tfds:"):
+        return Source(name, text, kind="tfds")
+    path = Path(text).expanduser()
+    if path.is_file():
+        return Source(name, text, (_known(path, key),))
+    if path.is_dir():
+        if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+            return Source(name, text, kind="saved")
+        files = sorted(str(p) for p in path.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES))
+        if not files:
+            raise InputError(f"{key}: folder {text} has no file that ends in {', '.join(SUFFIXES)}")
+        return Source(name, text, tuple(files))
+    if any(sign in text for sign in "*?["):
+        files = sorted(glob.glob(str(path), recursive=True))
+        if not files:
+            raise InputError(f"{key}: no file matches {text}{_nearest_file(path)}")
+        return Source(name, text, tuple(_known(Path(file), key) for file in files))
+    if _looks_like_path(text):
+        raise InputError(f"{key}: no such file {text}{_nearest_file(path)}")
+    return Source(name, text, kind="hub")
+
+
+def _looks_like_path(text: str) -> bool:
+    if text.endswith(SUFFIXES) or text[:1] in "./~" or "\\" in text:
+        return True
+    hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.\[\]%-]+)?", text)
+    return hub_id is None or Path(text).suffix in (".csv", ".txt", ".tsv", ".gz", ".zst", ".yaml", ".xlsx")
+
+
+def _known(path: Path, key: str) -> str:
+    if not path.name.endswith(SUFFIXES):
+        raise InputError(f"{key}: {path} ends in {path.suffix or 'nothing'}; expected one of {', '.join(SUFFIXES)}")
+    return str(path)
+
+
+def _nearest_file(path: Path) -> str:
+    """A hint that names the file most like a missing one, in its folder or in the nearest folder above that exists."""
+    folder = path.parent
+    if not folder.is_dir():
+        while not folder.is_dir():
+            folder = folder.parent
+        return f"; folder {path.parent} does not exist (nearest folder that does: {folder})"
+    names = [p.name for p in folder.iterdir() if p.name.endswith(SUFFIXES) or p.is_dir()]
+    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.4)
+    return f"; nearest: {folder / near[0]}" if near else f"; {folder} has no data file of a similar name"
+
+
+def _read_file(source: str, file: str) -> Iterator[Row]:
+    if file.endswith(".parquet"):
+        reader = _read_parquet(file)
+    elif ".jsonl" in Path(file).name[-10:]:
+        reader = read_jsonl(file)
+    else:
+        reader = read_json_array(file)
+    for line, fields in reader:
+        yield Row(Address(source, file, line), fields)
+
+
+def _read_parquet(file: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    import pyarrow.lib
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(file) as parquet:
+            line = 0
+            for batch in parquet.iter_batches(batch_size=1024):
+                for fields in batch.to_pylist():
+                    line += 1
+                    yield line, _plain(fields)
+    except (pyarrow.lib.ArrowException, OSError) as error:
+        raise InputError(f"{file}: not a readable Parquet file: {str(error).splitlines()[0]}") from error
+
+
+def _open_dataset(source: Source) -> Any:
+    """The dataset behind a hub id `owner/name[:split]`, a saved folder, or `tfds:name[:split]`; split train by default."""
+    if source.kind == "tfds":
+        try:
+            import tensorflow_datasets as tfds
+        except ImportError as error:
+            raise InputError(f"{source.spec} needs the extra: pip install 'itune[tfds]'") from error
+        name, _, split = source.spec.removeprefix("tfds:").partition(":")
+        return tfds.as_numpy(tfds.load(name, split=split or "train", shuffle_files=False))
+    import datasets
+
+    try:
+        if source.kind == "saved":
+            found = datasets.load_from_disk(source.spec)
+        else:
+            name, _, split = source.spec.partition(":")
+            found = datasets.load_dataset(name, split=split or "train")
+    except Exception as error:  # the library raises a dozen kinds: no network, no such id, no such split, bad files
+        detail = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        raise InputError(f"dataset {source.spec} cannot be opened ({detail}); expected a file, a saved dataset folder, "
+                         f"or a hub id that is reachable or already in the local cache") from error
+    if isinstance(found, dict):
+        if "train" not in found:
+            raise InputError(f"dataset {source.spec} has the splits {', '.join(found)}; name one, as {source.spec}/SPLIT")
+        return found["train"]
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """Arrow and TFDS values as JSON types: bytes are UTF-8 text, arrays are lists, absent struct members are left out."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items() if v is not None}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, bytes):
+        return value.decode("utf-8", errors="surrogateescape")
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    return value

@@ -1,0 +1,157 @@
+"""Rendered examples in memory-mapped files: written once, read by every process.
+
+A folder holds tokens (int32), loss weights (float32), offsets (int64) into both, addresses and metadata (JSON lines).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from itune.types import Address, Example
+
+
+class ExampleStore:
+    """A sequence of Examples. `lengths` int32 [n]; `sources` int32 [n] indexes `source_names`."""
+
+    def __init__(self, tokens: np.ndarray, weights: np.ndarray, offsets: np.ndarray, sources: np.ndarray,
+                 source_names: Sequence[str], files: Sequence[str], places: np.ndarray, metadata: Any,
+                 fingerprint: str):  # fmt: skip
+        self.tokens, self.weights, self.offsets = tokens, weights, offsets
+        self.sources, self.source_names = sources, tuple(source_names)
+        self._files, self._places_N2, self._metadata = tuple(files), places, metadata
+        self.lengths = np.diff(offsets).astype(np.int32)
+        self.fingerprint = fingerprint
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Example:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"example {index} of {len(self)}")
+        index %= len(self)
+        start, end = self.offsets[index], self.offsets[index + 1]
+        return Example(np.asarray(self.tokens[start:end]), np.asarray(self.weights[start:end]), self.address(index), self.metadata(index))
+
+    def address(self, index: int) -> Address:
+        file, line = self._places_N2[index]
+        return Address(self.source_names[self.sources[index]], self._files[file], int(line))
+
+    def metadata(self, index: int) -> dict[str, Any]:
+        return self._metadata[index]
+
+    @property
+    def supervised_tokens(self) -> int:
+        """Tokens that carry weight."""
+        return int(np.count_nonzero(self.weights))
+
+
+class Writer:
+    """Appends examples to a folder, in the order given; memory does not grow with them."""
+
+    def __init__(self, folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._tokens = open(folder / "tokens.int32", "wb")
+        self._weights = open(folder / "weights.float32", "wb")
+        self._metadata = open(folder / "metadata.jsonl", "wb")
+        self._hashers = hashlib.sha256(), hashlib.sha256()
+        self._lengths: list[int] = []
+        self._metadata_lengths: list[int] = []
+        self._sources: list[int] = []
+        self._places: list[tuple[int, int]] = []
+        self._source_names: dict[str, int] = {}
+        self._files: dict[str, int] = {}
+
+    def add(self, example: Example) -> None:
+        tokens = np.ascontiguousarray(example.token_ids, np.int32).tobytes()
+        weights = np.ascontiguousarray(example.loss_weights, np.float32).tobytes()
+        line = json.dumps(dict(example.metadata), ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
+        self._tokens.write(tokens)
+        self._weights.write(weights)
+        self._metadata.write(line)
+        self._hashers[0].update(tokens)
+        self._hashers[1].update(weights)
+        address = example.address
+        self._lengths.append(len(example.token_ids))
+        self._metadata_lengths.append(len(line))
+        self._sources.append(self._source_names.setdefault(address.source, len(self._source_names)))
+        self._places.append((self._files.setdefault(address.file, len(self._files)), address.line))
+
+    def close(self) -> str:
+        """Finish the files; returns the digest of tokens, weights and lengths."""
+        for stream in (self._tokens, self._weights, self._metadata):
+            stream.close()
+        lengths = np.asarray(self._lengths, np.int64)
+        digest = _digest(*(hasher.digest() for hasher in self._hashers), lengths)
+        np.savez(
+            self._folder / "index.npz",
+            offsets=np.r_[0, np.cumsum(lengths)].astype(np.int64),
+            metadata_offsets=np.r_[0, np.cumsum(np.asarray(self._metadata_lengths, np.int64))].astype(np.int64),
+            sources=np.asarray(self._sources, np.int32),
+            places=np.asarray(self._places, np.int64).reshape(-1, 2),
+        )
+        names = {"source_names": list(self._source_names), "files": list(self._files), "digest": digest}
+        (self._folder / "names.json").write_text(json.dumps(names))
+        return digest
+
+
+class _Lines(Sequence):
+    """JSON objects of a memory-mapped JSON Lines file."""
+
+    def __init__(self, raw: np.ndarray, offsets: np.ndarray):
+        self._raw, self._offsets = raw, offsets
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def __getitem__(self, index: Any) -> Any:
+        start, end = self._offsets[index], self._offsets[index + 1]
+        return json.loads(self._raw[start:end].tobytes().decode("utf-8", "surrogatepass"))
+
+
+def read_store(folder: Path) -> ExampleStore:
+    """The store in a folder, memory-mapped. Raises ValueError where a file has another size or content than was written."""
+    with np.load(folder / "index.npz", allow_pickle=False) as index:
+        arrays = {name: index[name] for name in index.files}
+    names = json.loads((folder / "names.json").read_text())
+    offsets = arrays["offsets"]
+    tokens = _mapped(folder / "tokens.int32", np.dtype(np.int32), int(offsets[-1]))
+    weights = _mapped(folder / "weights.float32", np.dtype(np.float32), int(offsets[-1]))
+    if _digest(hashlib.sha256(tokens).digest(), hashlib.sha256(weights).digest(), np.diff(offsets)) != names["digest"]:
+        raise ValueError(f"{folder} holds other bytes than were written")
+    raw = _mapped(folder / "metadata.jsonl", np.dtype(np.uint8), int(arrays["metadata_offsets"][-1]))
+    metadata = _Lines(raw, arrays["metadata_offsets"])
+    return ExampleStore(tokens, weights, offsets, arrays["sources"], names["source_names"], names["files"], arrays["places"],
+                        metadata, names["digest"])  # fmt: skip
+
+
+def memory_store(examples: Iterable[Example]) -> ExampleStore:
+    """A store of examples that are in memory already."""
+    examples = list(examples)
+    source_names: dict[str, int] = {}
+    files: dict[str, int] = {}
+    sources = np.asarray([source_names.setdefault(e.address.source, len(source_names)) for e in examples], np.int32)
+    places = [(files.setdefault(e.address.file, len(files)), e.address.line) for e in examples]
+    lengths = np.asarray([len(e.token_ids) for e in examples], np.int64)
+    tokens = np.concatenate([e.token_ids for e in examples]).astype(np.int32) if examples else np.zeros(0, np.int32)
+    weights = np.concatenate([e.loss_weights for e in examples]).astype(np.float32) if examples else np.zeros(0, np.float32)
+    digest = _digest(hashlib.sha256(tokens).digest(), hashlib.sha256(weights).digest(), lengths)
+    return ExampleStore(tokens, weights, np.r_[0, np.cumsum(lengths)].astype(np.int64), sources, list(source_names), list(files),
+                        np.asarray(places, np.int64).reshape(-1, 2), [dict(e.metadata) for e in examples], digest)  # fmt: skip
+
+
+def _digest(tokens: bytes, weights: bytes, lengths: np.ndarray) -> str:
+    return hashlib.sha256(tokens + weights + np.asarray(lengths, np.int64).tobytes()).hexdigest()
+
+
+def _mapped(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
+    size = path.stat().st_size
+    if size != count * dtype.itemsize:
+        raise ValueError(f"{path} has {size} bytes; expected {count * dtype.itemsize}")
+    return np.memmap(path, dtype=dtype, mode="r", shape=(count,)) if count else np.zeros(0, dtype)
