@@ -4,33 +4,39 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
+
+from itune import flops
 
 
 class Progress:
     """Shows steps, and takes lines of text in between.
 
     Args:
-      total: optimizer steps of the whole run.
-      done: steps that an earlier process has finished.
       terminal: a bar (True), plain lines (False), or what standard output is (None).
       quiet: show nothing at all (the processes other than the first).
     """
 
-    def __init__(self, total: int, done: int = 0, *, terminal: bool | None = None, quiet: bool = False) -> None:
-        self.total, self._done, self._quiet = total, done, quiet
-        self._started = time.monotonic()
+    def __init__(self, *, terminal: bool | None = None, quiet: bool = False) -> None:
+        self._terminal = (sys.stdout.isatty() if terminal is None else terminal) and not quiet
+        self._quiet = quiet
         self._bar: Any = None
         self._task: Any = None
-        if (sys.stdout.isatty() if terminal is None else terminal) and not quiet:
+        self.total, self._done, self._started = 0, 0, 0.0
+
+    def begin(self, total: int, done: int = 0) -> None:
+        """Steps start: `total` of the whole run, of which an earlier process has `done`."""
+        self.total = total
+        self.start_clock(done)
+        if self._terminal:
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
             from rich.progress import Progress as Bar
 
             self._bar = Bar(
                 BarColumn(bar_width=10), MofNCompleteColumn(), TextColumn("{task.fields[facts]}")  # fits 80 columns
             )
-            self._task = self._bar.add_task("train", total=total, completed=done, facts="compiling")
+            self._task = self._bar.add_task("train", total=total, completed=done, facts="")
             self._bar.start()
 
     def log(self, text: str) -> None:
@@ -55,7 +61,7 @@ class Progress:
             self._bar.update(self._task, completed=step)
 
     def start_clock(self, step: int) -> None:
-        """Time left is reckoned from here: after compilation, and again after an evaluation."""
+        """Time left is reckoned from here: again after an evaluation, which is no step."""
         self._started, self._done = time.monotonic(), step
 
     def seconds_left(self, step: int) -> float | None:
@@ -85,3 +91,34 @@ def format_seconds(seconds: float | None) -> str:
         return "-"
     whole = round(seconds)
     return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
+class Meter:
+    """Tokens a second and MFU since the last restart. Real tokens: padding is not counted."""
+
+    def __init__(self, model: Any, devices: int, device_kind: str, processes: int = 1) -> None:
+        """`model` is a ModelConfig; `devices` and `processes` are those of the whole job."""
+        self.model, self.processes = model, processes
+        peak = flops.peak_flops(device_kind)
+        self.peak = peak * devices if peak else None
+        self._pairs: dict[int, dict[int | None, int]] = {}
+        self.restart()
+
+    def count(self, batches: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
+        """Pass host batches through, noting each one's (query, key) pairs; other processes count as equal."""
+        for step, batch in batches:
+            pairs = flops.batch_pairs(self.model, batch)
+            self._pairs[step + 1] = {window: n * self.processes for window, n in pairs.items()}
+            yield step, batch
+
+    def add(self, step: int, values: Mapping[str, Any]) -> None:
+        self._tokens += values["tokens"]
+        self._flops += flops.train_flops(self.model, values["tokens"], self._pairs.pop(step))
+
+    def read(self) -> dict[str, Any]:
+        seconds = time.monotonic() - self._begun
+        return {"tokens_per_second": self._tokens / seconds,
+                "mfu": self._flops / seconds / self.peak if self.peak else None}
+
+    def restart(self) -> None:
+        self._begun, self._tokens, self._flops = time.monotonic(), 0, 0.0

@@ -6,7 +6,8 @@ VALUES = {"loss": 1.23456, "learning_rate": 2e-5, "tokens_per_second": 12345.6, 
 
 
 def test_plain_line_has_no_colour_and_no_bar(capsys):
-    progress = Progress(40, terminal=False)
+    progress = Progress(terminal=False)
+    progress.begin(40)
     progress.show(20, VALUES)
     progress.log("[note] a line")
     progress.close()
@@ -24,7 +25,9 @@ def test_unknown_numbers_show_as_a_dash():
 
 
 def test_bar_in_a_terminal(capsys):
-    progress = Progress(4, done=1, terminal=True)
+    progress = Progress(terminal=True)
+    progress.log("before the bar")
+    progress.begin(4, done=1)
     progress.show(2, VALUES)
     progress.advance(3)
     progress.log("[note] a line")
@@ -34,7 +37,8 @@ def test_bar_in_a_terminal(capsys):
 
 
 def test_other_processes_are_quiet(capsys):
-    progress = Progress(4, terminal=True, quiet=True)
+    progress = Progress(terminal=True, quiet=True)
+    progress.begin(4)
     progress.show(2, VALUES)
     progress.log("a line")
     progress.close()

@@ -1,6 +1,6 @@
 """The checkpoints of one run: saved in the background, committed by one rename, verified before use.
 
-    checkpoints/<step>/  arrays/ (Orbax)     run.json (data position, config, metrics, shapes)
+    checkpoints/<step>/  arrays/ (Orbax)     run.json (data position, config, shapes)
                          manifest.json (size and SHA-256 of every file)
 
 Orbax writes into `.tmp-<step>`; a thread of ours waits for it, adds `run.json`, hashes every file, writes the manifest
@@ -37,7 +37,10 @@ class Saved:
     step: int
     data: dict[str, Any]
     config: dict[str, Any]
-    metrics: dict[str, float]
+
+
+def _no_metrics(step: int) -> Mapping[str, float]:
+    return {}
 
 
 class Store:
@@ -47,19 +50,22 @@ class Store:
       folder: the `checkpoints` folder. Only a store that saves creates or changes anything in it.
       keep: how many of the newest checkpoints stay.
       keep_best: a metric whose best checkpoint stays too, such as `heldout_loss/loss`.
+      metrics: step -> numbers of its evaluation, named as `keep_best` names them; {} where there was none.
       log: takes one line of text.
 
     With several processes every one calls the same methods at the same steps; the folder must be shared by all.
     """
 
     def __init__(
-        self, folder: str | os.PathLike, keep: int = 2, keep_best: str = "", log: Callable[[str], None] = print
+        self, folder: str | os.PathLike, keep: int = 2, keep_best: str = "", *,
+        metrics: Callable[[int], Mapping[str, float]] = _no_metrics, log: Callable[[str], None] = print,
     ) -> None:
         self.folder = Path(folder).absolute()
-        self.keep, self.keep_best, self.log = keep, keep_best, log
+        self.keep, self.keep_best, self.metrics, self.log = keep, keep_best, metrics, log
         self.stall_seconds = 0.0  # time that calls to `save` kept the caller waiting
         self._thread: threading.Thread | None = None
         self._failure: RunError | None = None
+        self._deleting = threading.Lock()
 
     def steps(self) -> list[int]:
         """The steps of committed checkpoints, oldest first; ordered by step, never by clock."""
@@ -102,9 +108,9 @@ class Store:
             raise RunError(f"checkpoint of step {step} was asked for by name and is damaged: {'; '.join(damage)}")
 
     def read(self, step: int) -> Saved:
-        """Data position, config and metrics of a checkpoint."""
+        """Data position and config of a checkpoint."""
         run = json.loads((self.path(step) / "run.json").read_text())
-        return Saved(step=step, data=run["data"], config=run["config"], metrics=run["metrics"])
+        return Saved(step=step, data=run["data"], config=run["config"])
 
     def restore(self, step: int, abstract_state: Any) -> Any:
         """The state of a verified step, placed as the shardings of `abstract_state` say: any mesh will do.
@@ -156,10 +162,7 @@ class Store:
                 f"{self._last_good()}; free some space or choose another --workdir"
             )
 
-    def save(
-        self, step: int, state: Any, *, data: Mapping[str, Any], config: Mapping[str, Any],
-        metrics: Mapping[str, float] | None = None,
-    ) -> None:
+    def save(self, step: int, state: Any, *, data: Mapping[str, Any], config: Mapping[str, Any]) -> None:
         """Copy `state` to the host and return; the rest happens in the background.
 
         A save that is still running is waited for. Its failure, or that of the copy, is raised here as RunError.
@@ -170,8 +173,7 @@ class Store:
         self.wait()
         self.check_space(state)
         temporary = self.folder / f"{_TEMPORARY}{step}"
-        run = {"step": step, "data": dict(data), "config": dict(config), "metrics": dict(metrics or {}),
-               "arrays": describe(state)}
+        run = {"step": step, "data": dict(data), "config": dict(config), "arrays": describe(state)}
         try:
             response = ocp.save_async(temporary / _ARRAYS, state)
         except (OSError, ValueError, RuntimeError) as error:
@@ -182,6 +184,14 @@ class Store:
         )
         self._thread.start()
         self.stall_seconds += time.monotonic() - started
+
+    def retain(self) -> None:
+        """Delete what neither `keep` nor `keep_best` covers. A save does it; call it again after an evaluation."""
+        if jax.process_index() == 0:
+            with self._deleting:
+                found = {step: self.metrics(step) for step in self.steps()}
+                for step in steps_to_delete(found, self.keep, self.keep_best):
+                    self._remove(self.path(step))
 
     def check(self) -> None:
         """Raise RunError when a save in the background has failed. Cheap: call it every step."""
@@ -201,6 +211,11 @@ class Store:
                 multihost_utils.sync_global_devices("checkpoint committed")
         self.check()
 
+    def close(self) -> None:
+        """Let the save in the background end, whether it succeeds or not: nobody else may write here before."""
+        if self._thread:
+            self._thread.join()
+
     def _check_shapes(self, step: int, wanted: dict[str, str], whole: bool) -> None:
         saved = json.loads((self.path(step) / "run.json").read_text())["arrays"]
         names = sorted({*wanted, *saved}) if whole else sorted(wanted)
@@ -218,7 +233,7 @@ class Store:
                 (temporary / "run.json").write_text(json.dumps(run, indent=1) + "\n")
                 manifests.write_manifest(temporary, step=step)
                 self._commit(step, temporary)
-                self._retain()
+                self.retain()
         except BaseException as error:  # handed to the loop, which raises it at its next step
             self._discard(temporary)
             self._failure = self._failed(step, error)
@@ -229,17 +244,6 @@ class Store:
         os.rename(temporary, self.path(step))
         manifests.sync_folder(self.folder)
 
-    def _retain(self) -> None:
-        kept = {step: self._metrics(step) for step in self.steps()}
-        for step in steps_to_delete(kept, self.keep, self.keep_best):
-            self._remove(self.path(step))
-
-    def _metrics(self, step: int) -> dict[str, float]:
-        """Metrics of an older checkpoint; one that has been damaged since has none, and fails no save."""
-        try:
-            return self.read(step).metrics
-        except (OSError, ValueError, KeyError):
-            return {}
 
     def _remove(self, path: Path) -> None:
         """Delete a checkpoint: renamed first, so that no reader ever sees half of it."""

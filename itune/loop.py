@@ -1,0 +1,324 @@
+"""The loop: time, logs, checkpoints, evaluators. What has an effect outside the arrays is here or called here."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from itune import evaluators
+from itune.checkpoint import Store
+from itune.config import Config
+from itune.feed import feed
+from itune.progress import Meter, Progress
+from itune.report import write_report
+from itune.runtime import distributed
+from itune.runtime.compilation import use_compilation_cache, use_deterministic_kernels
+from itune.runtime.crash import write_crash
+from itune.runtime.environment import environment, memory_in_use, process_age
+from itune.runtime.lock import RunLock
+from itune.runtime.profiler import Profiler
+from itune.runtime.signals import StopRequest
+from itune.setup_run import check_resume, load_weights, local_rows, make_plan, prepare_data
+from itune.step import init_state
+from itune.types import InputError, RunError
+from itune.writers import Writers, cut_back, read_metrics, write_atomically
+
+OnStep = Callable[[int, Mapping[str, Any]], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How a run ended: finished steps, the numbers of the last logged one, and what `summary.json` holds."""
+
+    workdir: Path
+    step: int
+    total_steps: int
+    metrics: dict[str, Any]
+    summary: dict[str, Any]
+    preempted: bool = False
+
+
+def train(config: Config, workdir: str | Path, *, on_step: OnStep | None = None) -> Result:
+    """Tune the model that `config` names, in a run directory; the same call again resumes it or extends it.
+
+    `on_step(step, metrics)` is called with the number of finished steps when a step's numbers are there: after the next
+    one was dispatched, so that the device never waits. SIGTERM and SIGINT end the run after a step with all saved
+    (`preempted`). Raises InputError for what the user can put right, RunError when the run failed; `crash.json` then
+    says more.
+    """
+    if config.train.deterministic:
+        use_deterministic_kernels()
+    distributed.start()
+    use_compilation_cache()
+    folder = Path(workdir)
+    first = jax.process_index() == 0
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--workdir {folder}: cannot be created: {error.strerror}") from error
+    with RunLock(folder) if first else contextlib.nullcontext(), StopRequest() as stop:
+        run = Run(config, folder, stop, on_step)
+        try:
+            return run.run()
+        except (InputError, KeyboardInterrupt):
+            raise
+        except Exception as error:
+            path = write_crash(folder, error, run.facts()) if first else folder
+            if isinstance(error, RunError):
+                raise RunError(f"{error} (details: {path})") from error
+            raise RunError(f"failed after step {run.done}: {_first_line(error)} (details: {path})") from error
+        finally:
+            run.close()
+
+
+class Run:
+    """One run of this process in its directory. `done` counts finished (dispatched) optimizer steps."""
+
+    def __init__(self, config: Config, workdir: Path, stop: StopRequest, on_step: OnStep | None) -> None:
+        self.config, self.workdir, self.stop, self.on_step = config, workdir, stop, on_step
+        self.first = jax.process_index() == 0
+        self.progress = Progress(quiet=not self.first)
+        self.events: collections.deque[str] = collections.deque(maxlen=50)
+        self.seconds: dict[str, float] = collections.defaultdict(float)
+        self.started = time.monotonic()
+        self.done = 0
+        self.saved_step = -1
+        self.judged: dict[int, set[str]] = {}
+        self.profiler = Profiler(config.profile.steps, workdir)
+        self.environment: dict[str, Any] = {}
+        self.metrics: dict[str, Any] = {}
+        self.writers: Writers | None = None
+        self.store = Store(
+            workdir / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_best,
+            metrics=lambda step: evaluators.flatten(self._evaluation(step)), log=self.log,
+        )
+
+    def run(self) -> Result:
+        (self.workdir / "crash.json").unlink(missing_ok=True)
+        self.store.open()
+        saved = None
+        if (step := self.store.newest_good()) is not None:
+            saved = self.store.read(step)
+            check_resume(self.workdir, saved, self.config, None, self.log)
+        with self._timed("data"):
+            data = prepare_data(self.config, self.log)
+        plan = make_plan(self.config, data, self.log)
+        self.data, self.plan, self.total = data, plan, data.loader.total_steps
+        if saved:
+            check_resume(self.workdir, saved, self.config, data, self.log)
+            self.done = self.saved_step = saved.step
+            self.judged[self.done] = set(self._evaluation(self.done))
+            self.store.set_aside_after(saved.step)
+            self.metrics = (read_metrics(self.workdir / "metrics.jsonl") or [{}])[-1]
+            if self.done == self.total and not self._unjudged():
+                self.log("this run is finished; to go on, raise train.epochs or train.max_steps")
+                return self._finish()
+        self.store.check_space(plan.state)
+        self._write_facts()
+        state, compiled = self._start_state(resumed=saved is not None)
+        if self.first:
+            log = self.config.log
+            cut_back(self.workdir, self.done if saved else -1)
+            self.writers = Writers(self.workdir, resumed_step=self.done, tensorboard=log.tensorboard, wandb=log.wandb,
+                                   config=self.config.to_dict())
+        if self._evaluation_due(self.done):
+            self._evaluate(state)
+        state, stopped = self._steps(state, compiled)
+        if not stopped:
+            self._evaluate(state)
+        return self._finish()
+
+    def _start_state(self, resumed: bool) -> tuple[Any, Any]:
+        """The state to go on from and the compiled step; compilation runs beside the reading of weights."""
+        plan = self.plan
+        with ThreadPoolExecutor(1) as pool:
+            begun = time.monotonic()
+            compiling = pool.submit(lambda: plan.step.lower(plan.state, plan.batch).compile())
+            with self._timed("weights"):
+                if resumed:
+                    state = self.store.restore(self.done, plan.state)
+                    self.log(f"resumed from the checkpoint of step {self.done} of {self.total}")
+                else:
+                    params = load_weights(plan, self.data, self.log)
+                    state = init_state(plan.model, params, plan.optimizer, self.config.seed, plan.mesh)
+                    jax.block_until_ready(state)
+            compiled = compiling.result()
+            self.seconds["compile"] = time.monotonic() - begun
+        return state, compiled
+
+    def _steps(self, state: Any, compiled: Any) -> tuple[Any, bool]:
+        """Train from `done` to `total`. Nothing here waits for the device but the metrics of the step before."""
+        agreement = distributed.Agreement(self.plan.mesh)
+        meter = Meter(self.plan.model.config, jax.device_count(), jax.devices()[0].device_kind, jax.process_count())
+        batches = self.data.loader.iterate(self.done, rows=local_rows(self.plan.mesh, self.plan.batch))
+        waiting: collections.deque[tuple[int, Any]] = collections.deque()
+        self.progress.begin(self.total, self.done)
+        meter.restart()
+        stopped = agreement.exchange(self.stop.requested)
+        with contextlib.closing(batches), self.profiler:
+            for step, batch in () if stopped else feed(meter.count(batches), self.plan.mesh):
+                self.profiler.before(step)
+                state, metrics = compiled(state, batch)
+                self.done = step + 1
+                waiting.append((self.done, metrics))
+                self._read(waiting, meter, keep=1)
+                self.store.check()
+                stopped = agreement.exchange(self.stop.requested)
+                if stopped:
+                    break
+                if not (self._save_due(self.done) or self._evaluation_due(self.done)):
+                    continue
+                self._read(waiting, meter, keep=0)  # a state that is not finite is never saved
+                if self._save_due(self.done):
+                    self._save(state)
+                if self._evaluation_due(self.done):
+                    self._evaluate(state)
+                meter.restart()
+                self.progress.start_clock(self.done)
+            self._read(waiting, meter, keep=0)
+        if self.saved_step != self.done:
+            self._save(state)
+        return state, stopped
+
+    def _read(self, waiting: collections.deque[tuple[int, Any]], meter: Meter, keep: int) -> None:
+        """Fetch the numbers of dispatched steps, the newest `keep` left out; log those that are due."""
+        while len(waiting) > keep:
+            step, metrics = waiting.popleft()
+            values = {name: value.item() for name, value in jax.device_get(metrics).items()}
+            if "first_step" not in self.seconds:
+                self.seconds["first_step"] = time.monotonic() - self.started
+                self.seconds["first_step_of_process"] = process_age()
+            if not values.pop("finite"):
+                rows = [address for row in self.data.loader.addresses(step - 1) for address in row]
+                raise RunError(
+                    f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}: not finite. Its batch "
+                    f"holds {len(rows)} examples: {', '.join(rows[:8])}{' ...' if len(rows) > 8 else ''}"
+                )
+            meter.add(step, values)
+            if self.on_step:
+                self.on_step(step, values)
+            if step % self.config.log.every and step not in (1, self.total):
+                self.progress.advance(step)
+                continue
+            self.metrics = {**values, **meter.read(), "memory": memory_in_use()}
+            meter.restart()
+            self.events.append(json.dumps({"step": step, "loss": values["loss"]}))
+            self.progress.show(step, self.metrics)
+            if self.writers:
+                self.writers.write(step, self.metrics)
+
+    def _save_due(self, step: int) -> bool:
+        every = self.config.checkpoint.every
+        return bool(every and step % every == 0)
+
+    def _save(self, state: Any) -> None:
+        data = {"fingerprint": self.data.loader.fingerprint, "step": self.done, "total_steps": self.total,
+                "seed": self.config.seed}
+        self.store.save(self.done, state, data=data, config=self.config.to_dict())
+        self.saved_step = self.done
+
+    def _evaluation_due(self, step: int) -> bool:
+        every = self.config.eval.every
+        return step == 0 or bool(every and step % every == 0)
+
+    def _evaluate(self, state: Any) -> None:
+        """Run the evaluators that have no result at this step yet, unless the run is asked to stop."""
+        folder, data = self.workdir / "eval" / str(self.done), self.data
+        for name in self._unjudged():
+            if self.stop.requested and jax.process_count() == 1:
+                break
+            with self._timed("evaluate"):
+                results = evaluators.evaluate(
+                    self.config, self.plan.model, state.trainable, data.tokenizer, data.dataset, folder, [name]
+                )
+            self.judged[self.done].add(evaluators.short_name(name))
+            numbers = evaluators.flatten(results)
+            self.log(f"step {self.done}: {_shown(numbers)}")
+            if self.writers:
+                self.writers.write_evaluation(self.done, numbers)
+        self.store.retain()
+
+    def _finish(self) -> Result:
+        self.store.wait()
+        preempted = self.done < self.total or bool(self._unjudged())
+        if preempted:
+            self.log(f"stopped by {self.stop.name or 'another process'}: step {self.done} of {self.total} is saved; "
+                     "the same command goes on from there")
+        else:
+            self.log(f"finished: {self.total} steps in {self.workdir}")
+        summary = self.summary(preempted)
+        if self.first:
+            write_atomically(self.workdir / "summary.json", json.dumps(summary, indent=1) + "\n")
+            write_report(self.workdir)
+        return Result(self.workdir, self.done, self.total, self.metrics, summary, preempted)
+
+    def _unjudged(self) -> list[str]:
+        """The evaluators that have no result at this step yet. Kept in memory: processes must not differ about it."""
+        found = self.judged.setdefault(self.done, set())
+        return [name for name in self.config.evaluators if evaluators.short_name(name) not in found]
+
+    def _evaluation(self, step: int) -> dict[str, Any]:
+        path = self.workdir / "eval" / str(step) / "summary.json"
+        return json.loads(path.read_text()) if path.is_file() else {}
+
+    def summary(self, preempted: bool) -> dict[str, Any]:
+        return {
+            "step": self.done,
+            "total_steps": self.total,
+            "preempted": preempted,
+            "metrics": self.metrics,
+            "before": self._evaluation(0),
+            "after": self._evaluation(self.done) if self.done else {},
+            "packing_efficiency": self.data.loader.efficiency,
+            "checkpoint_stall": self.store.stall_seconds,
+            "seconds": {**self.seconds, "total": time.monotonic() - self.started},
+        }
+
+    def _write_facts(self) -> None:
+        if self.first:
+            self.environment = environment()
+            for name, facts in (("config.json", self.config.to_dict()), ("environment.json", self.environment),
+                                ("data/report.json", self.data.dataset.report)):
+                write_atomically(self.workdir / name, json.dumps(facts, indent=1, default=str) + "\n")
+            rejects = "".join(json.dumps(row) + "\n" for row in self.data.dataset.rejects())
+            write_atomically(self.workdir / "data" / "rejects.jsonl", rejects)
+
+    def facts(self) -> dict[str, Any]:
+        """What a crash record says about this run."""
+        return {"step": self.done, "last_checkpoint": self.store.latest(), "last_events": list(self.events),
+                "environment": self.environment, "config": self.config.to_dict()}
+
+    def log(self, text: str) -> None:
+        self.events.append(text)
+        self.progress.log(text)
+
+    def close(self) -> None:
+        self.progress.close()
+        self.store.close()
+        if self.writers:
+            self.writers.close()
+
+    @contextlib.contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        begun = time.monotonic()
+        yield
+        self.seconds[phase] += time.monotonic() - begun
+
+
+def _shown(numbers: Mapping[str, float], most: int = 6) -> str:
+    parts = [f"{name} {value:.4g}" for name, value in numbers.items() if name.count("/") == 1]
+    return "  ".join(parts[:most])
+
+
+def _first_line(error: BaseException) -> str:
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {text}"[:400]

@@ -1,0 +1,212 @@
+"""What a run needs before its first step, and what a later command needs of a run that is there."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from itune.checkpoint import Store, compare_configs
+from itune.config import Config, load_config
+from itune.evaluators import find_evaluator
+from itune.models import load_model, load_pretrained
+from itune.objectives.sft import make_sft
+from itune.optim import make_optimizer, make_schedule
+from itune.sharding import batch_sharding, make_mesh
+from itune.step import TrainStep, abstract_state, check_batch, make_train_step
+from itune.types import Batch, InputError
+
+Log = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Tokenizer, dataset and loader of a run."""
+
+    tokenizer: Any
+    dataset: Any
+    loader: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything of a run but its weights: what to compile, and the shapes to compile it for."""
+
+    config: Config
+    mesh: Mesh
+    model: Any
+    optimizer: Any
+    step: TrainStep
+    state: Any  # TrainState of ShapeDtypeStructs with shardings
+    batch: Batch  # of ShapeDtypeStructs with shardings
+
+
+def prepare_data(config: Config, log: Log) -> Data:
+    """Read, render, pack; says what is kept and what is dropped. Touches no device and reads no weights."""
+    from itune.data.dataset import prepare
+    from itune.data.loader import Loader
+    from itune.data.templates import load_tokenizer
+
+    if not config.model.path:
+        raise InputError("config: model.path is empty; set it to a folder with config.json and safetensors or a hub id")
+    if not config.data.train:
+        raise InputError("config: data.train is empty; set it to a file, a folder or a dataset id")
+    tokenizer = load_tokenizer(config.model.path, config.data.chat_template, config.model.revision or None)
+    dataset = prepare(config.data, tokenizer, seed=config.seed, log=log)
+    loader = Loader(
+        dataset.train, batch_size=config.train.batch_size, max_length=config.data.max_length,
+        packing=config.data.packing, seed=config.seed, epochs=config.train.epochs, max_steps=config.train.max_steps,
+        mixture=config.data.mixture,
+    )
+    log(
+        f"plan: {loader.total_steps} steps ({loader.steps_per_epoch} an epoch), {config.train.batch_size} rows of "
+        f"{config.data.max_length} tokens a step, packing efficiency {loader.efficiency:.1%}"
+    )
+    return Data(tokenizer, dataset, loader)
+
+
+def make_plan(config: Config, data: Data, log: Log) -> Plan:
+    """Mesh, model, optimizer and step of a run. Raises InputError for whatever does not fit; no weight is read."""
+    for name in ("lora.rank", "compat"):
+        section, _, key = name.rpartition(".")
+        if value := getattr(getattr(config, section) if section else config, key):
+            raise InputError(f"config: {name}={value!r} is not supported by this version; leave it out")
+    for name in config.evaluators:
+        find_evaluator(name)(config)
+    if config.evaluators and len(data.dataset.held_out) == 0:
+        raise InputError(
+            "evaluators: there are no held-out items; name files in data.eval, hold a share of data.train out with "
+            "data.held_out_share=0.1, or set evaluators=()"
+        )
+    mesh = make_mesh(dataclasses.asdict(config.mesh))
+    shape = (config.train.batch_size, config.data.max_length)
+    dtypes = [np.float32 if name == "loss_weights_BL" else np.int32 for name in Batch._fields]
+    batch = Batch(*(jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh)) for dtype in dtypes))
+    check_batch(batch, mesh, config.train.accumulation)
+    model = load_model(config.model.path, mesh, **model_settings(config, data.tokenizer))
+    if config.data.max_length > model.config.max_length:
+        log(
+            f"warning: data.max_length is {config.data.max_length} tokens, {config.model.path} was made for at most "
+            f"{model.config.max_length}"
+        )
+    optimizer = make_optimizer(config.optimizer, data.loader.total_steps)
+    objective = make_sft(model, config.loss.weighting, config.loss.chunk)
+    step = make_train_step(
+        objective, optimizer, make_schedule(config.optimizer, data.loader.total_steps), mesh,
+        accumulation=config.train.accumulation, clip_norm=config.optimizer.clip_norm,
+    )
+    return Plan(config, mesh, model, optimizer, step, abstract_state(model, optimizer, mesh), batch)
+
+
+def model_settings(config: Config, tokenizer: Any) -> dict[str, Any]:
+    """Keyword arguments of `load_model` and `load_pretrained` for this config and tokenizer.
+
+    The embedding grows for tokens that `data.chat_template` adds. Raises InputError when the tokenizer had more tokens
+    than the model has embedding rows before anything was added: the two do not belong together.
+    """
+    section = config.model
+    settings: dict[str, Any] = {
+        "param_dtype": section.param_dtype, "revision": section.revision or None,
+        "compute_dtype": section.compute_dtype, "attention": section.attention, "remat": config.train.remat,
+    }
+    rows = load_model(section.path, **settings).config.vocab_size
+    own = tokenizer.vocab_size - len(tokenizer.added_tokens)
+    if own > rows:
+        raise InputError(
+            f"{section.path}: the tokenizer has {own} tokens, the embedding has {rows} rows; take the "
+            "tokenizer that belongs to the model"
+        )
+    return {**settings, "vocab_size": tokenizer.vocab_size}
+
+
+def load_weights(plan: Plan, data: Data, log: Log) -> Any:
+    """The parameters that a new run starts from: those of `model.path`, or of the run that `train.init_from` names."""
+    config = plan.config
+    if not config.train.init_from:
+        return load_pretrained(config.model.path, plan.mesh, **model_settings(config, data.tokenizer))[1]
+    store = Store(Path(config.train.init_from) / "checkpoints", log=log)
+    step = store.newest_good()
+    if step is None:
+        raise InputError(f"train.init_from: {config.train.init_from} has no checkpoint; it must be a run directory")
+    log(f"start from the parameters of {config.train.init_from}, step {step}")
+    return store.restore_part(step, "trainable", plan.state.trainable)
+
+
+def check_resume(workdir: Path, saved: Any, config: Config, data: Data | None, log: Log) -> None:
+    """Raise InputError when `config` and `data` may not continue the run that saved this checkpoint.
+
+    Without `data` only what needs none is compared, so that it is said before anything is prepared.
+    """
+    same_data = data is None or saved.data["fingerprint"] == data.loader.fingerprint
+    refused, allowed = compare_configs(saved.config, config.to_dict(), same_data)
+    if not same_data and not refused:
+        refused.append("the content of the training data, the tokenizer or the chat template is not what it was")
+    total = saved.data["total_steps"]
+    if data is not None and data.loader.total_steps < total:
+        refused.append(f"the run has {total} steps, it would have {data.loader.total_steps} (may only grow)")
+    if refused:
+        raise InputError(
+            f"{workdir} is the workdir of a different config:\n  " + "\n  ".join(refused)
+            + "\nset these back to continue that run, or choose another --workdir"
+        )
+    if data is not None:
+        for line in allowed:
+            log(f"resumed with a change: {line}")
+        if data.loader.total_steps > total:
+            log(f"extended from {total} to {data.loader.total_steps} steps; from here on the longer schedule holds")
+
+
+def local_rows(mesh: Mesh, batch: Batch) -> tuple[int, int]:
+    """The rows [start, stop) of the global batch that this process's devices hold."""
+    shape = batch.tokens_BL.shape
+    slices = [index[0].indices(shape[0]) for index in
+              batch_sharding(mesh).addressable_devices_indices_map(shape).values() if index is not None]
+    return min(start for start, _, _ in slices), max(stop for _, stop, _ in slices)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedRun:
+    """A run's model with the parameters of one of its checkpoints."""
+
+    config: Config
+    step: int
+    tokenizer: Any
+    model: Any
+    params: Any
+
+
+def load_run(
+    workdir: str | os.PathLike, step: int | None = None, mesh: Mesh | None = None, log: Log = print
+) -> LoadedRun:
+    """Model, tokenizer and verified parameters of a run directory, for evaluation and export.
+
+    Without `step` the newest whole checkpoint. Without `mesh` the config's. Raises InputError when there is no such
+    checkpoint, RunError when it is damaged.
+    """
+    from itune.data.templates import load_tokenizer
+
+    folder = Path(workdir)
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder}: not a run directory: it has no config.json")
+    store = Store(folder / "checkpoints", log=log)
+    if step is None:
+        step = store.newest_good()
+    else:
+        store.check_named(step)
+    if step is None:
+        raise InputError(f"{folder}: no checkpoint there yet")
+    config = load_config(folder / "config.json")
+    mesh = make_mesh(dataclasses.asdict(config.mesh)) if mesh is None else mesh
+    tokenizer = load_tokenizer(config.model.path, config.data.chat_template, config.model.revision or None)
+    model = load_model(config.model.path, mesh, **model_settings(config, tokenizer))
+    shapes = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        model.abstract_params(), model.shardings(),
+    )
+    return LoadedRun(config, step, tokenizer, model, store.restore_part(step, "trainable", shapes))
