@@ -81,6 +81,8 @@ def get_config() -> ConfigDict:
     c.eval.batch_size = 16  # rows
     c.eval.max_new_tokens = 64  # tokens a generated answer may have
     c.eval.limit = 0  # items that generation evaluators answer; 0 is all
+    c.eval.score = "exact"  # what is right: exact | normalized | package.module:function with arguments (item, answer)
+    c.eval.by = "category"  # metadata field whose values results are broken down by
 
     c.log = ConfigDict()
     c.log.every = 10  # steps

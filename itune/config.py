@@ -123,6 +123,8 @@ class EvalSection:
     batch_size: int = _key(16, "rows", 1)
     max_new_tokens: int = _key(64, "tokens", 1)
     limit: int = _key(0, "items, 0 is all", 0)
+    score: str = _key("exact", "exact, normalized or package.module:function")
+    by: str = _key("category", "field of the metadata")
 
 
 @dataclasses.dataclass(frozen=True)

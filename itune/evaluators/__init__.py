@@ -1,0 +1,108 @@
+"""What judges a model: before, between and after training steps, always on held-out items.
+
+An evaluator is one file here with one class `Evaluator` that has one method, and one line in a recipe that names it:
+
+    class Evaluator:
+        def __init__(self, config: Config): ...
+        def run(self, model, params, tokenizer, dataset) -> tuple[dict, Iterable[dict]]: ...
+
+`run` returns the summary (nested dict of numbers) and one dict an item. Nothing is written there: `evaluate` does that.
+An evaluator outside the package is named `package.module:Class`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import json
+import os
+import pkgutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from itune.config import Config
+from itune.types import InputError
+
+
+def evaluate(
+    config: Config, model: Any, params: Any, tokenizer: Any, dataset: Any, out_folder: str | os.PathLike | None = None,
+    names: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """Run the evaluators `names` (default: `config.evaluators`) and write what they find to `out_folder` where given.
+
+    Returns {name: summary}. What was compiled is kept, so that the next call with the same model compiles nothing. With
+    several processes all call this; the first one writes. Raises InputError for an unknown evaluator, or when there
+    are no held-out items.
+    """
+    evaluators = {name: find_evaluator(name)(config) for name in (config.evaluators if names is None else names)}
+    if evaluators and len(dataset.held_out) == 0:
+        raise InputError(
+            "evaluators: there are no held-out items; name files in data.eval, hold a share of data.train out with "
+            "data.held_out_share=0.1, or set evaluators=()"
+        )
+    results = {}
+    for name, evaluator in evaluators.items():
+        summary, items = evaluator.run(model, params, tokenizer, dataset)
+        results[name] = summary
+        if out_folder is not None and jax.process_index() == 0:
+            write_results(out_folder, name, summary, items)
+    return results
+
+
+def find_evaluator(name: str) -> Any:
+    """The evaluator class of this name: a file here, or `package.module:Class`."""
+    module_name, colon, class_name = name.partition(":")
+    if not colon:
+        module_name, class_name = f"itune.evaluators.{name}", "Evaluator"
+    try:
+        return getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError) as error:
+        known = [m.name for m in pkgutil.iter_modules(__path__) if _has_evaluator(m.name)]
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}, or package.module:Class"
+        raise InputError(f"evaluators: cannot find {name!r} ({error}){hint}") from error
+
+
+def _has_evaluator(name: str) -> bool:
+    return hasattr(importlib.import_module(f"itune.evaluators.{name}"), "Evaluator")
+
+
+def flatten(results: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """{"heldout_loss": {"loss": 1.5}} -> {"heldout_loss/loss": 1.5}: the names that logs and `keep_best` use."""
+    flat: dict[str, float] = {}
+    for key, value in results.items():
+        path = f"{prefix}/{key}" if prefix else key
+        if isinstance(value, Mapping):
+            flat |= flatten(value, path)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            flat[path] = value
+    return flat
+
+
+def short_name(name: str) -> str:
+    """The name under which an evaluator's results are kept: `package.module:Class` is `module.Class`."""
+    return name.rpartition(".")[2].replace(":", ".")
+
+
+def write_results(
+    folder: str | os.PathLike, name: str, summary: Mapping[str, Any], items: Iterable[Mapping[str, Any]]
+) -> None:
+    """Write `<name>.jsonl`, one item a line, and enter the summary by name in `summary.json`; each atomically."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    short = short_name(name)
+    lines = (json.dumps(item, ensure_ascii=False, default=str) + "\n" for item in items)
+    _replace(folder / f"{short}.jsonl", lines)
+    path = folder / "summary.json"
+    summaries = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    _replace(path, [json.dumps({**summaries, short: summary}, indent=2, default=str) + "\n"])
+
+
+def _replace(path: Path, lines: Iterable[str]) -> None:
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(part, "w", encoding="utf-8") as file:
+        file.writelines(lines)
+    os.replace(part, path)

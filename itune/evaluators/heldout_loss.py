@@ -1,0 +1,78 @@
+"""Loss of the held-out answers: sum(w * nll) / sum(w), overall and by category."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+from itune.config import Config
+from itune.data.loader import eval_batches
+from itune.objectives.sft import make_sft
+from itune.sharding import make_mesh, rows_divisor
+from itune.step import make_eval_step
+
+
+class Evaluator:
+    """Token-weighted negative log-likelihood, perplexity, and the share of supervised tokens predicted right.
+
+    Sums over all held-out examples, never means of batches: `eval.batch_size` and the mesh do not change it. Results
+    are broken down by the metadata field `eval.by`.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def run(self, model: Any, params: Any, tokenizer: Any, dataset: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """(summary, items): loss in nats a token, its weight, accuracy of the supervised tokens and their number."""
+        del tokenizer
+        store, c = dataset.held_out, self.config
+        mesh = _mesh(model)
+        rows = -(-c.eval.batch_size // rows_divisor(mesh)) * rows_divisor(mesh)
+        batches = eval_batches(store, rows, c.data.max_length)
+        step = _step(model, c.loss.chunk)
+        sums = np.zeros((4, len(store) + 1))  # loss, weight, correct, tokens; the last column takes padding
+        for number in range(len(batches)):
+            batch = batches[number]
+            nll_BL, correct_BL = (np.asarray(x, np.float64) for x in step(params, {}, batch))
+            weights_BL = batch.loss_weights_BL.astype(np.float64)
+            index = batches.example_index_BL(number).ravel()
+            parts = (weights_BL * nll_BL, weights_BL, correct_BL, weights_BL > 0)
+            for total, part in zip(sums, parts, strict=True):
+                total += np.bincount(index % len(total), weights=part.ravel(), minlength=len(total))
+        sums = sums[:, :-1]
+        examples = [store[i] for i in range(len(store))]
+        categories = np.array([str(example.metadata.get(c.eval.by, "unknown")) for example in examples])
+        by_category = {str(name): summarise(sums[:, categories == name]) for name in np.unique(categories)}
+        items = [
+            {"address": str(example.address), "category": str(category), **summarise(sums[:, i : i + 1])}
+            for i, (example, category) in enumerate(zip(examples, categories, strict=True))
+        ]
+        return {**summarise(sums), "categories": by_category}, items
+
+
+def summarise(sums: np.ndarray) -> dict[str, Any]:
+    """Rates of the examples whose (loss, weight, correct, tokens) are the columns of `sums`."""
+    loss_sum, weight, correct, tokens = sums.sum(axis=1)
+    loss = loss_sum / weight if weight else 0.0
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),  # e^709 is the largest that a float holds
+        "accuracy": correct / tokens if tokens else 0.0,
+        "weight": weight,
+        "tokens": int(tokens),
+        "examples": sums.shape[1],
+    }
+
+
+def _mesh(model: Any) -> Any:
+    return model.mesh if model.mesh is not None else make_mesh({}, jax.devices()[:1])
+
+
+@functools.lru_cache(maxsize=4)
+def _step(model: Any, chunk: int) -> Any:
+    """The evaluation step, compiled once for a model and reused by every later evaluation."""
+    return make_eval_step(make_sft(model, "token", chunk), _mesh(model))

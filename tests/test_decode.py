@@ -1,0 +1,153 @@
+"""Generation against transformers' own, token by token, in float32."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from itune import decode
+from itune.models import load_pretrained
+from itune.sharding import make_mesh
+from itune.types import InputError
+
+VOCAB, NEW = 96, 18  # the tests share shapes, so that little is compiled
+
+
+@pytest.fixture(scope="module")
+def judge():
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.MistralConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=40, sliding_window=11, initializer_range=0.4,
+        attn_implementation="eager", bos_token_id=1, eos_token_id=None, pad_token_id=0,
+    )
+    return transformers.MistralForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def loaded(judge, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    judge.save_pretrained(folder)
+    return load_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    rng = np.random.default_rng(0)
+    return [rng.integers(8, VOCAB, n).astype(np.int32) for n in (5, 1, 19, 9, 30, 2, 3, 16)]
+
+
+def hf_greedy(judge, prompt, stop=None):
+    import torch
+
+    tokens = torch.tensor(prompt[None]).long()
+    ids = judge.generate(tokens, max_new_tokens=min(NEW, 40 - len(prompt)), do_sample=False, eos_token_id=stop)
+    return ids[0, len(prompt) :].tolist()
+
+
+def test_greedy_is_transformers(judge, loaded, prompts):
+    """Ragged prompts in batches of 4, a sliding window shorter than the rows, a stop token that some rows meet."""
+    free = [hf_greedy(judge, prompt) for prompt in prompts]
+    stop = next(t for t in range(VOCAB) if 0 < sum(t in row for row in free) < len(free))
+    answers = decode.generate_ids(*loaded, prompts, max_new_tokens=NEW, stop_ids=[stop], batch_size=4)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert answer.ids.tolist() + [stop] * answer.stopped == hf_greedy(judge, prompt, stop)
+    assert {answer.stopped for answer in answers} == {True, False}
+
+
+def test_greedy_on_a_mesh_is_the_same(judge, loaded, prompts, tmp_path):
+    judge.save_pretrained(tmp_path)
+    sharded = load_pretrained(tmp_path, make_mesh({"data": 2, "fsdp": 2, "tensor": 2}))
+    on_one = decode.generate_ids(*loaded, prompts[:3], max_new_tokens=NEW, batch_size=4)
+    on_eight = decode.generate_ids(*sharded, prompts[:3], max_new_tokens=NEW, batch_size=3)
+    assert [a.ids.tolist() for a in on_eight] == [a.ids.tolist() for a in on_one]
+
+
+def test_any_stop_token_ends_a_row_and_is_left_out(loaded, prompts):
+    free = decode.generate_ids(*loaded, prompts, max_new_tokens=NEW, batch_size=4)
+    assert not any(answer.stopped for answer in free)
+    stops = [int(free[0].ids[6]), int(free[2].ids[3])]
+    answers = decode.generate_ids(*loaded, prompts, max_new_tokens=NEW, stop_ids=stops, batch_size=4)
+    for answer, unstopped in zip(answers, free, strict=True):
+        cut = [i for i, token in enumerate(unstopped.ids) if token in stops]
+        assert answer.stopped == bool(cut)
+        assert answer.ids.tolist() == unstopped.ids[: cut[0] if cut else None].tolist()
+
+
+def test_a_sample_does_not_depend_on_its_batch(loaded, prompts):
+    prompts = [prompt for prompt in prompts if len(prompt) <= 16]
+    options = {"max_new_tokens": NEW, "temperature": 0.9, "top_p": 0.8, "seed": 3, "batch_size": 4}
+    together = decode.generate_ids(*loaded, prompts, **options)
+    apart = decode.generate_ids(*loaded, prompts, **{**options, "batch_size": 1})
+    assert [a.ids.tolist() for a in together] == [a.ids.tolist() for a in apart]
+    other = decode.generate_ids(*loaded, prompts, **{**options, "seed": 4})
+    assert [a.ids.tolist() for a in together] != [a.ids.tolist() for a in other]
+    twice = decode.generate_ids(*loaded, [prompts[0]] * 4, **options)
+    assert len({answer.ids.tobytes() for answer in twice}) == 4
+
+
+def test_samples_have_the_models_distribution(loaded, prompts):
+    """First tokens of 600 answers against the softmax of the logits, cut to the nucleus."""
+    model, params = loaded
+    prompt, temperature, top_p = prompts[0], 2.0, 0.6
+    logits_V = model.logits(params, model.hidden(params, prompt[None]))[0, -1] / temperature
+    share_V = np.asarray(jax.nn.softmax(logits_V), np.float64)
+    order = np.argsort(-share_V)
+    kept = order[: int(np.searchsorted(np.cumsum(share_V[order]), top_p)) + 1]
+    drawn = decode.generate_ids(
+        model, params, [prompt] * 600, max_new_tokens=NEW, temperature=temperature, top_p=top_p, batch_size=4
+    )
+    counts = np.bincount([a.ids[0] for a in drawn], minlength=VOCAB)
+    assert set(np.flatnonzero(counts)) <= set(kept)
+    expected = share_V[kept] / share_V[kept].sum() * 600
+    chi2 = ((counts[kept] - expected) ** 2 / expected).sum()
+    assert chi2 < len(kept) + 4 * np.sqrt(2 * len(kept))
+
+
+def test_nucleus_keeps_the_smallest_sufficient_set():
+    logits_BV = jnp.log(jnp.array([[0.5, 0.1, 0.3, 0.1], [0.05, 0.05, 0.1, 0.8]]))
+    for top_p, kept in ((0.5, [[0], [3]]), (0.51, [[0, 2], [3]]), (0.85, [[0, 1, 2, 3], [2, 3]])):
+        finite_BV = np.isfinite(decode._nucleus(logits_BV, top_p))
+        assert [np.flatnonzero(row).tolist() for row in finite_BV] == kept
+
+
+def test_the_context_is_never_exceeded(loaded, prompts):
+    answers = decode.generate_ids(*loaded, prompts, max_new_tokens=NEW, batch_size=4)
+    assert [len(answer.ids) for answer in answers] == [min(NEW, 40 - len(prompt)) for prompt in prompts]
+
+
+def test_streaming_grows_to_the_same_answer(loaded, prompts):
+    whole = decode.generate_ids(*loaded, prompts[:4], max_new_tokens=NEW, batch_size=4)[3]
+    parts = list(decode.stream_ids(*loaded, prompts[3], max_new_tokens=NEW, every=4))
+    lengths = [len(part.ids) for part in parts]
+    assert lengths == sorted(lengths) and len(parts) > 2
+    assert parts[-1].ids.tolist() == whole.ids.tolist() and parts[-1].stopped == whole.stopped
+
+
+def test_nothing_is_compiled_twice(loaded, prompts):
+    decode.generate_ids(*loaded, prompts, max_new_tokens=NEW, batch_size=4)
+    sizes = decode._prefill._cache_size(), decode._advance._cache_size()
+    decode.generate_ids(*loaded, [p[::-1] for p in prompts], max_new_tokens=NEW, batch_size=4)
+    assert (decode._prefill._cache_size(), decode._advance._cache_size()) == sizes
+
+
+@pytest.mark.parametrize(
+    ("prompt_length", "options", "message"),
+    [
+        (0, {}, "prompt 1 has 0 tokens; the model takes 1 to 39"),
+        (40, {}, "prompt 1 has 40 tokens"),
+        (3, {"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        (3, {"temperature": -1.0}, "temperature must be at least 0"),
+        (3, {"top_p": 0.0}, r"top_p in \(0, 1\]"),
+    ],
+)
+def test_bad_requests_are_refused(loaded, prompt_length, options, message):
+    with pytest.raises(InputError, match=message):
+        decode.generate_ids(*loaded, [np.ones(3, np.int32), np.ones(prompt_length, np.int32)], **options)
+
+
+def test_no_prompts_no_answers(loaded):
+    assert decode.generate_ids(*loaded, []) == []
