@@ -2,25 +2,83 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from itune.models.attention import xla
+from itune.models.attention import gpu, tpu, xla
 from itune.types import InputError
 
+log = logging.getLogger("itune")
+
 # name in `model.attention` -> function with the keyword arguments of `attention`, less `backend`
-BACKENDS: dict[str, Callable[..., jax.Array]] = {"xla": xla.attention}
+BACKENDS: dict[str, Callable[..., jax.Array]] = {
+    "xla": xla.attention,
+    "splash": tpu.attention,
+    "cudnn": gpu.cudnn,
+    "pallas": gpu.triton,
+}
+# platform of the devices -> kernels for it, best first
+KERNELS = {"tpu": ("splash",), "gpu": ("cudnn", "pallas")}
+SHORT = 128  # rows below this length gain nothing from a kernel
 
 
-def choose_backend(backend: str, **_: object) -> str:
-    """The backend that runs: the one asked for, or for "auto" the best one that this device and these shapes allow."""
-    if backend == "auto":
+def choose_backend(
+    backend: str,
+    query: Any,
+    key: Any,
+    *,
+    whole_rows: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    mesh: Mesh | None = None,
+) -> str:
+    """The backend that runs on these shapes, by the devices of `mesh` (which need not exist on this machine).
+
+    "auto" takes the first kernel of the platform that can, and says so once when none can. Kernels compute whole rows;
+    with a KV cache (`whole_rows` False) every choice means XLA. Raises InputError for a kernel that cannot run here.
+    """
+    if backend != "auto" and backend not in BACKENDS:
+        raise InputError(f"model.attention: {backend!r} is unknown; choose one of auto, {', '.join(BACKENDS)}")
+    if backend == "xla" or not whole_rows:
         return "xla"
-    if backend not in BACKENDS:
-        raise InputError(f"model.attention: {backend!r} is not available here; available: auto, {', '.join(BACKENDS)}")
-    return backend
+    platform = mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
+    if backend != "auto":
+        reason = _unsupported(backend, platform, query, key, window=window, softcap=softcap, mesh=mesh)
+        if reason:
+            raise InputError(f"model.attention={backend} cannot run here: {reason}; choose auto or xla")
+        return backend
+    if query.shape[1] < SHORT:
+        return "xla"
+    reasons = []
+    for name in KERNELS.get(platform, ()):
+        reason = _unsupported(name, platform, query, key, window=window, softcap=softcap, mesh=mesh)
+        if not reason:
+            return name
+        reasons.append(f"{name}: {reason}")
+    if reasons:
+        _say_once("; ".join(reasons), 4 * query.shape[0] * query.shape[2] * query.shape[1] * key.shape[1] // 2)
+    return "xla"
+
+
+def _unsupported(name: str, platform: str, query: Any, key: Any, **options: Any) -> str:
+    homes = [home for home, names in KERNELS.items() if name in names]
+    if platform not in homes:
+        return f"it needs a {homes[0].upper()}, the devices are {platform.upper()}"
+    return tpu.unsupported(query, key, **options) if name == "splash" else gpu.unsupported(name, query, key, **options)
+
+
+@functools.lru_cache(maxsize=64)
+def _say_once(reasons: str, score_bytes: int) -> None:
+    log.warning(
+        "attention runs in plain XLA instead of a flash kernel (%s). Same result; it costs time: each layer moves "
+        "about %.1f GB of scores through memory, several times a step",
+        *(reasons, score_bytes / 1e9),
+    )
 
 
 def attention(
@@ -38,6 +96,7 @@ def attention(
     softcap: float | None = None,
     backend: str = "auto",
     mesh: Mesh | None = None,
+    max_segments: int = 0,
 ) -> jax.Array:
     """Causal grouped-query attention inside segments -> (B, L, N, H) in the query's dtype.
 
@@ -45,9 +104,13 @@ def attention(
     sees the keys in slots up to its own whose segment equals its own and is not 0, and of those the last `window`,
     itself included. Distances for the window are counted in slots, or in positions where those are given (a KV cache
     with padding inside a row). `scale` defaults to 1/sqrt(H); `softcap` c turns scores s into c * tanh(s / c). A query
-    that sees nothing (padding) gets some finite vector. Softmax in float32.
+    that sees nothing (padding) gets some finite vector. Softmax in float32. `max_segments` bounds the runs of equal
+    segment id in a row, padding included (0: unknown); only cuDNN needs it, see gpu.py.
     """
-    name = choose_backend(backend, query_BLNH=query_BLNH, key_BSKH=key_BSKH, offset=offset, softcap=softcap, mesh=mesh)
+    aligned = isinstance(offset, int) and offset == 0 and query_BLNH.shape[1] == key_BSKH.shape[1]
+    whole_rows = aligned and q_positions_BL is None
+    options: dict[str, Any] = {"window": window, "softcap": softcap, "mesh": mesh}
+    name = choose_backend(backend, query_BLNH, key_BSKH, whole_rows=whole_rows, **options)
     return BACKENDS[name](
         query_BLNH,
         key_BSKH,
@@ -57,8 +120,7 @@ def attention(
         q_positions_BL=q_positions_BL,
         kv_positions_BS=kv_positions_BS,
         offset=offset,
-        window=window,
         scale=query_BLNH.shape[-1] ** -0.5 if scale is None else scale,
-        softcap=softcap,
-        mesh=mesh,
+        max_segments=max_segments,
+        **options,
     )

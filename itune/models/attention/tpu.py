@@ -7,20 +7,20 @@ Kernel: `jax.experimental.pallas.ops.tpu.splash_attention`. It sees one device's
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from itune.sharding import RULES, rows_divisor
 from itune.types import InputError
 
 LANES = 128
-# Block length by device kind. Larger blocks read keys fewer times and fill the matrix unit; what bounds them is VMEM.
-# 512 is the kernel's customary setting on v5e, 2048 that of public v6e recipes (there VMEM is larger); the others
-# take a size between. All are compiled ahead of time in the tests of `itune.plan`; none has been timed here.
-BLOCKS = {"TPU v5 lite": 512, "TPU v5": 1024, "TPU v6 lite": 2048}
+# Block length by device kind, for heads of up to 256 bytes (128 channels in bfloat16). Larger blocks read the keys
+# fewer times; VMEM bounds them: by ahead-of-time compilation 2048 overflows on v5e and v5p, and with wide heads on v6e.
+# None has been timed on a device yet.
+BLOCKS = {"TPU v5 lite": 512, "TPU v5": 1024, "TPU v6 lite": 1024}
 DEFAULT_BLOCK = 512
 
 
@@ -38,6 +38,7 @@ def attention(
     scale: float,
     softcap: float | None = None,
     mesh: Mesh | None = None,
+    max_segments: int = 0,
     block: int | None = None,
     interpret: bool = False,
 ) -> jax.Array:
@@ -46,11 +47,13 @@ def attention(
     `block` overrides the block length; `interpret` runs the kernel on any device, slowly, for tests. Padding
     (segment 0) attends to padding, which is finite and reaches no loss.
     """
-    del q_positions_BL, kv_positions_BS, offset
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # imports Pallas, which costs time
+
+    del q_positions_BL, kv_positions_BS, offset, max_segments
     length, heads, kv_heads = query_BLNH.shape[1], query_BLNH.shape[2], key_BSKH.shape[2]
     rows, tensor, context = _layout(mesh, query_BLNH.shape[0], heads)
     key_BSKH, value_BSKH = (_divisible_heads(x, kv_heads, tensor) for x in (key_BSKH, value_BSKH))
-    block = min(block or _block(mesh), _round_up(-(-length // context), LANES))
+    block = min(block or _block(mesh, query_BLNH), _round_up(-(-length // context), LANES))
     pad = _round_up(length, block * context) - length
     kernel = _kernel(heads, length + pad, window, softcap, block, tensor, context, interpret)
 
@@ -73,16 +76,26 @@ def attention(
         )
     # the kernel has no scale of its own
     query_BLNH = (query_BLNH.astype(jnp.float32) * scale).astype(query_BLNH.dtype)
-    by_head = [jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))).swapaxes(1, 2) for x in (query_BLNH, key_BSKH, value_BSKH)]
+    arrays = (query_BLNH, key_BSKH, value_BSKH)
+    by_head = [jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))).swapaxes(1, 2) for x in arrays]
     segments = [jnp.pad(x, ((0, 0), (0, pad))) for x in (q_segments_BL, kv_segments_BS)]
     return inner(kernel, *by_head, *segments).swapaxes(1, 2)[:, :length]
 
 
+def unsupported(query: Any, key: Any, *, window: int | None, softcap: float | None, mesh: Mesh | None) -> str:
+    """Why the kernel cannot run on these shapes (arrays or ShapeDtypeStructs), or "" if it can."""
+    del key, window, softcap, mesh
+    if query.dtype == jnp.float32:
+        return "its products round float32 to bfloat16"
+    return ""
+
+
 def _kernel(heads, length, window, softcap, block, tensor, context, interpret):
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
     shape = (length, length)
-    if window is None:
-        mask = splash.CausalMask(shape, shard_count=context)
-    else:
+    mask: Any = splash.CausalMask(shape, shard_count=context)
+    if window is not None:
         mask = splash.LocalMask(shape, window_size=(window - 1, 0), offset=0, shard_count=context)
     sizes = splash.BlockSizes(
         block_q=block,
@@ -107,7 +120,7 @@ def _layout(mesh: Mesh | None, batch: int, heads: int) -> tuple[tuple[str, ...] 
         return None, 1, 1
     tensor = mesh.shape["tensor"]
     if heads % tensor:
-        raise InputError(f"mesh.tensor={tensor} does not divide the model's {heads} query heads; choose a divisor of {heads}")
+        raise InputError(f"mesh.tensor={tensor} does not divide the model's {heads} query heads; choose a divisor")
     # a batch that the mesh does not divide (a single prompt) is computed whole on every device
     return (RULES["batch"] if batch % rows_divisor(mesh) == 0 else None), tensor, mesh.shape["context"]
 
@@ -117,9 +130,10 @@ def _divisible_heads(x_BSKH: jax.Array, kv_heads: int, tensor: int) -> jax.Array
     return jnp.repeat(x_BSKH, tensor // math.gcd(kv_heads, tensor), axis=2)
 
 
-def _block(mesh: Mesh | None) -> int:
+def _block(mesh: Mesh | None, query_BLNH: jax.Array) -> int:
     device = mesh.devices.flat[0] if mesh is not None else jax.devices()[0]
-    return BLOCKS.get(device.device_kind, DEFAULT_BLOCK)
+    block = BLOCKS.get(device.device_kind, DEFAULT_BLOCK)
+    return block if query_BLNH.shape[-1] * query_BLNH.dtype.itemsize <= 256 else block // 2
 
 
 def _round_up(n: int, multiple: int) -> int:

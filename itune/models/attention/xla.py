@@ -31,9 +31,10 @@ def attention(
     scale: float,
     softcap: float | None,
     mesh: Mesh | None,
+    max_segments: int = 0,
 ) -> jax.Array:
     """See `itune.models.attention.attention`."""
-    del mesh  # XLA partitions this by itself
+    del mesh, max_segments  # XLA partitions this by itself
     length, slots = query_BLNH.shape[1], key_BSKH.shape[1]
     aligned = isinstance(offset, int) and offset == 0 and length == slots
     attend = functools.partial(_block, window=window, scale=scale, softcap=softcap)
