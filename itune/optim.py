@@ -24,11 +24,11 @@ DECAY_SHARE_OF_WSD = 0.2
 
 
 def learning_rates(section: Any, total_steps: int) -> np.ndarray:
-    """The learning rate of steps 0..total_steps in float64 (total_steps + 1 numbers; the last is where the run arrives).
+    """The learning rate of steps 0..total_steps, float64 (total_steps + 1 numbers; the last is where the run arrives).
 
-    With w warm-up steps of T: k / w while k < w, then linear (T - k) / (T - w), cosine (1 + cos(pi (k - w) / (T - w))) / 2,
-    constant 1, or wsd: 1, and linear to 0 over the last 20 % of T. `warmup` below 1 is a share of T, rounded up. These are
-    transformers' schedules (`optimization.py`); step 0 of a warm-up has learning rate 0.
+    Step k of T with w warm-up steps has k / w of the peak while k < w. Then linear: (T - k) / (T - w); cosine:
+    (1 + cos(pi (k - w) / (T - w))) / 2; constant: 1; wsd: 1, and over the last 20 % of T linear to 0. `warmup` below 1
+    is a share of T, rounded up. These are transformers' schedules (`optimization.py`): a warm-up's step 0 has rate 0.
     """
     warmup = math.ceil(section.warmup * total_steps) if section.warmup < 1 else int(section.warmup)
     k = np.arange(total_steps + 1, dtype=np.float64)
@@ -42,7 +42,8 @@ def learning_rates(section: Any, total_steps: int) -> np.ndarray:
     elif section.schedule == "wsd":
         after = np.minimum(1.0, left / max(1, int(DECAY_SHARE_OF_WSD * total_steps)))
     else:
-        raise InputError(f"config: optimizer.schedule must be linear, cosine, constant or wsd, found {section.schedule!r}")
+        known = "linear, cosine, constant or wsd"
+        raise InputError(f"config: optimizer.schedule must be {known}, found {section.schedule!r}")
     return section.learning_rate * np.where(k < warmup, k / max(1, warmup), after)
 
 
@@ -76,18 +77,27 @@ def clip_by_global_norm(gradients: Any, max_norm: float, eps: float = 1e-6) -> t
 
 
 def adamw(
-    learning_rate: Schedule, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0,
-    mask: Any = None, mu_dtype: Any = jnp.float32, nu_dtype: Any = jnp.float32,
+    learning_rate: Schedule,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    mask: Any = None,
+    mu_dtype: Any = jnp.float32,
+    nu_dtype: Any = jnp.float32,
 ) -> optax.GradientTransformation:
-    """AdamW as torch computes it: p <- p (1 - lr wd) - lr m_hat / (sqrt(v_hat) + eps), both from the step's learning rate.
+    """AdamW (arXiv 1711.05101) as torch computes it: p <- p (1 - lr wd) - lr m_hat / (sqrt(v_hat) + eps).
 
-    Bias corrections 1 - b^t go through expm1: in float32 the power itself is off by 1e-5 for b = 0.999 at t = 1.
+    `mask(params)`: a tree of bools, True where weight decay applies. Moments are updated in float32 and stored in
+    `mu_dtype` and `nu_dtype`. Bias corrections 1 - b^t go through expm1: in float32 the power itself makes them wrong
+    by 1e-5 for b = 0.999 at t = 1.
     """
     def init(params: Any) -> optax.ScaleByAdamState:
         return optax.ScaleByAdamState(
             count=jnp.zeros((), jnp.int32),
             mu=jax.tree.map(lambda p: jnp.zeros_like(p, mu_dtype), params),
-            nu=jax.tree.map(lambda p: jnp.zeros_like(p, nu_dtype), params))
+            nu=jax.tree.map(lambda p: jnp.zeros_like(p, nu_dtype), params),
+        )
 
     def update(gradients: Any, state: Any, params: Any = None) -> tuple[Any, optax.ScaleByAdamState]:
         rate, count = learning_rate(state.count), state.count + 1
@@ -111,21 +121,34 @@ def adamw(
 def make_optimizer(section: Any, total_steps: int, params_abstract: Any = None) -> optax.GradientTransformation:
     """The optimizer that `section` (config `optimizer`) names, its schedule inside; clipping is the step's.
 
-    `adamw` is torch's. Any other name is an optax optimizer that takes `learning_rate`; it gets `optimizer.options`, and
-    weight_decay, b1, b2, eps and moment_dtype where they differ from the defaults. `sgd` decays as torch's does: the decay
-    joins the gradient. Raises InputError for an unknown name or option, and for a setting that the optimizer cannot follow.
+    `adamw` is torch's; its options are mu_dtype and nu_dtype. Any other name is an optax optimizer that takes
+    `learning_rate`; it gets `optimizer.options`, and weight_decay, b1, b2, eps and moment_dtype where they differ from
+    the defaults. `sgd` decays as torch's does: the decay joins the gradient. With `params_abstract`, the tree that will
+    be trained, the optimizer is also traced on it. Raises InputError for an unknown name or option, and for a setting
+    that the optimizer cannot follow.
     """
-    schedule = make_schedule(section, total_steps)
+    try:
+        optimizer = _build(section, make_schedule(section, total_steps))
+        if params_abstract is not None:
+            jax.eval_shape(lambda p: optimizer.update(p, optimizer.init(p), p), params_abstract)
+    except (TypeError, ValueError, AttributeError) as error:  # what optax raises for a value of the wrong kind
+        raise InputError(f"config: optimizer {section.name!r} does not accept {section.options}: {error}") from error
+    return optimizer
+
+
+def _build(section: Any, schedule: Schedule) -> optax.GradientTransformation:
     if section.name == "adamw":
-        settings = {"b1": section.b1, "b2": section.b2, "eps": section.eps, "weight_decay": section.weight_decay,
-                    "mask": decay_mask, "mu_dtype": jnp.dtype(section.moment_dtype)}
-        return adamw(schedule, **_accepted("adamw", adamw, {**settings, **_dtypes(section.options)}))
+        settings = {name: getattr(section, name) for name in ("b1", "b2", "eps", "weight_decay")}
+        settings |= {"mask": decay_mask, "mu_dtype": jnp.dtype(section.moment_dtype), **_dtypes(section.options)}
+        return adamw(schedule, **_accepted("adamw", adamw, settings))
     names = optimizer_names()
     if section.name not in names:
         near = difflib.get_close_matches(section.name, names, n=1, cutoff=0.4)
         hint = f"; nearest: {near[0]}" if near else ""
-        raise InputError(f"config: optimizer.name {section.name!r} is neither adamw nor an optax optimizer{hint}; "
-                         f"there are {', '.join(names)}")
+        raise InputError(
+            f"config: optimizer.name {section.name!r} is no optimizer that optax or itune has{hint}; "
+            f"there are {', '.join(names)}"
+        )
     build = getattr(optax, section.name)
     settings = _changed(section, inspect.signature(build).parameters)
     optimizer = build(schedule, **_accepted(section.name, build, {**settings, **_dtypes(section.options)}))
@@ -136,20 +159,22 @@ def make_optimizer(section: Any, total_steps: int, params_abstract: Any = None) 
 
 def optimizer_names() -> list[str]:
     """`adamw` and every optax optimizer that needs nothing but a learning rate."""
-    names = []
+    names = {"adamw"}
+    unfit = {"lbfgs", "optimistic_adam"}  # the one evaluates the loss, the other takes no schedule
     for name, build in vars(optax).items():
-        if name.islower() and inspect.isfunction(build) and "learning_rate" in (known := inspect.signature(build).parameters):
-            needed = [p for p in known.values() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
-            if [p.name for p in needed] in (["learning_rate"], []):
-                names.append(name)
-    return sorted({*names, "adamw"})
+        if not inspect.isfunction(build) or name.startswith("scale_by_") or name in unfit:
+            continue
+        known = inspect.signature(build).parameters.values()
+        needed = {p.name for p in known if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
+        if needed <= {"learning_rate"} and any(p.name == "learning_rate" for p in known):
+            names.add(name)
+    return sorted(names)
 
 
 def _changed(section: Any, known: Any) -> dict[str, Any]:
     """Settings of the section that differ from their defaults, under the names that the optax optimizer gives them."""
-    settings: dict[str, Any] = {}
     defaults = {"b1": 0.9, "b2": 0.999, "eps": 1e-8}
-    settings.update({name: getattr(section, name) for name, default in defaults.items() if getattr(section, name) != default})
+    settings = {name: getattr(section, name) for name, usual in defaults.items() if getattr(section, name) != usual}
     if section.weight_decay and section.name != "sgd":
         settings["weight_decay_rate" if "weight_decay_rate" in known else "weight_decay"] = section.weight_decay
         for name in ("mask", "weight_decay_mask"):
@@ -163,7 +188,7 @@ def _changed(section: Any, known: Any) -> dict[str, Any]:
 
 def _dtypes(options: Any) -> dict[str, Any]:
     """Options with the text of every `*dtype*` key as a dtype."""
-    return {key: jnp.dtype(value) if "dtype" in key and isinstance(value, str) else value for key, value in options.items()}
+    return {key: jnp.dtype(v) if "dtype" in key and isinstance(v, str) else v for key, v in options.items()}
 
 
 def _accepted(name: str, build: Any, settings: dict[str, Any]) -> dict[str, Any]:

@@ -20,17 +20,17 @@ Metrics = dict[str, Any]
 def init_state(
     model: Any, params: Any, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh, *, frozen: Any = None
 ) -> TrainState:
-    """The state of step 0. `params` keep their placement; the optimizer's state is born in theirs, never on one device.
+    """The state of step 0. `params` on the mesh keep their placement; the optimizer's state is born in the same.
 
-    `frozen`: what the model also reads and the optimizer leaves alone (nothing for full tuning). Plain arrays are placed
-    by the model's logical axes first.
+    Parameters that do not lie on `mesh` are placed by the model's logical axes first. `frozen`: what the model also
+    reads and the optimizer leaves alone (nothing for full tuning; then `params` is what trains, an adapter say).
     """
     if frozen is None and not all(_placed(leaf, mesh) for leaf in jax.tree.leaves(params)):
         params = jax.device_put(params, tree_shardings(mesh, model.logical_axes()))
     shardings = optimizer_shardings(optimizer, params, mesh)
     opt_state = jax.jit(optimizer.init, out_shardings=shardings)(params)
     step, rng = jax.device_put((jnp.zeros((), jnp.int32), jax.random.key_data(jax.random.key(seed))), replicated(mesh))
-    return TrainState(step=step, trainable=params, frozen={} if frozen is None else frozen, opt_state=opt_state, rng=rng)
+    return TrainState(step=step, trainable=params, frozen=frozen or {}, opt_state=opt_state, rng=rng)
 
 
 def abstract_state(
@@ -40,23 +40,30 @@ def abstract_state(
     if trainable is None:
         trainable = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            model.abstract_params(), tree_shardings(mesh, model.logical_axes()))
+            model.abstract_params(),
+            tree_shardings(mesh, model.logical_axes()),
+        )
     opt_state = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        jax.eval_shape(optimizer.init, trainable), optimizer_shardings(optimizer, trainable, mesh))
+        jax.eval_shape(optimizer.init, trainable),
+        optimizer_shardings(optimizer, trainable, mesh),
+    )
     rng = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
     return TrainState(
-        step=jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh)), trainable=trainable,
-        frozen={} if frozen is None else frozen, opt_state=opt_state,
-        rng=jax.ShapeDtypeStruct(rng.shape, rng.dtype, sharding=replicated(mesh)))
+        step=jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh)),
+        trainable=trainable,
+        frozen=frozen or {},
+        opt_state=opt_state,
+        rng=jax.ShapeDtypeStruct(rng.shape, rng.dtype, sharding=replicated(mesh)),
+    )
 
 
 def optimizer_shardings(optimizer: optax.GradientTransformation, params: Any, mesh: Mesh) -> Any:
-    """Shardings of the optimizer's state: an array that stands for a parameter (same path, same shape) lies as it does.
+    """Shardings of the optimizer's state: what stands for a parameter (same path, same shape) lies as it does.
 
     All else (counts, factored moments) is replicated. `params`: arrays or ShapeDtypeStructs with shardings.
     """
-    by_path = {path: leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    by_path = dict(jax.tree_util.tree_leaves_with_path(params))
 
     def lies(path: Any, leaf: Any) -> Any:
         for start in range(len(path)):
@@ -75,13 +82,16 @@ def _placed(leaf: Any, mesh: Mesh) -> bool:
 class TrainStep:
     """`step(state, batch) -> (state, metrics)`; `step.lower(state, batch)` for ahead-of-time compilation.
 
-    The state is donated: do not use it again. What comes out lies as what went in.
+    The state is donated: do not use it again. The new state lies on the devices as the old one did.
     """
 
     def __init__(self, function: Any) -> None:
-        self._function, self._jitted = function, None
+        self._function = function
+        self._jitted: Any = None
 
     def _jit(self, state: TrainState) -> Any:
+        if isinstance(state.step, jax.core.Tracer):  # inside another jit or eval_shape, where nothing has a place yet
+            return self._function
         if self._jitted is None:
             shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
             self._jitted = jax.jit(self._function, donate_argnums=0, out_shardings=(shardings, None))
@@ -95,14 +105,21 @@ class TrainStep:
 
 
 def make_train_step(
-    objective: Objective, optimizer: optax.GradientTransformation, schedule: Schedule, mesh: Mesh, *,
-    accumulation: int = 1, clip_norm: float = 1.0, clip_eps: float = 1e-6,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    schedule: Schedule,
+    mesh: Mesh,
+    *,
+    accumulation: int = 1,
+    clip_norm: float = 1.0,
+    clip_eps: float = 1e-6,
 ) -> TrainStep:
-    """One optimizer step on one global batch, cut into `accumulation` micro-batches whose gradients are summed in float32.
+    """One optimizer step on one global batch, in `accumulation` micro-batches whose gradients are summed in float32.
 
-    Row r belongs to micro-batch r mod `accumulation`, so that every device keeps its rows. Gradients of the loss sums are
-    divided once by the weight sum of the whole batch. Metrics (device scalars): loss, grad_norm (before clipping),
-    learning_rate (the one used), accuracy, supervised_tokens (weight above 0), tokens (padding left out), finite.
+    Row r belongs to micro-batch r mod `accumulation`, so that every device keeps its rows. Gradients of the loss sums
+    are divided once by the weight sum of the whole batch, then clipped to the global norm `clip_norm` (0: not).
+    Metrics (device scalars): loss (what is minimised), grad_norm (before clipping), learning_rate (the one used),
+    accuracy, supervised_tokens (weight above 0), tokens (padding left out), finite (loss and norm are).
     Raises InputError at the first call when the batch cannot be cut.
     """
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -117,9 +134,12 @@ def make_train_step(
         trainable = optax.apply_updates(state.trainable, updates)
         loss = sums["loss"] * inverse
         metrics = {
-            "loss": loss, "grad_norm": grad_norm, "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "learning_rate": schedule(state.step),
             "accuracy": sums["correct"] / jnp.maximum(sums["supervised_tokens"], 1),
-            "supervised_tokens": sums["supervised_tokens"], "tokens": sums["tokens"],
+            "supervised_tokens": sums["supervised_tokens"],
+            "tokens": sums["tokens"],
             "finite": jnp.isfinite(loss) & jnp.isfinite(grad_norm),
         }
         return state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state), metrics
@@ -166,11 +186,15 @@ def check_batch(batch: Batch, mesh: Mesh, accumulation: int = 1) -> None:
     unit, context = rows_divisor(mesh) * accumulation, mesh.shape["context"]
     if rows % unit:
         raise InputError(
-            f"train.batch_size: {rows} rows do not divide into {accumulation} micro-batches over {rows_divisor(mesh)} devices "
-            f"(data x fsdp): it must be a multiple of {unit}; nearest: {_nearest(rows, unit)}")
+            f"train.batch_size: {rows} rows do not divide into {accumulation} micro-batches over "
+            f"{rows_divisor(mesh)} devices (data x fsdp): it must be a multiple of {unit}; "
+            f"nearest: {_nearest(rows, unit)}"
+        )
     if length % context:
-        raise InputError(f"data.max_length: rows of {length} tokens do not divide over mesh.context={context}; "
-                         f"nearest: {_nearest(length, context)}")
+        raise InputError(
+            f"data.max_length: rows of {length} tokens do not divide over mesh.context={context}; "
+            f"nearest: {_nearest(length, context)}"
+        )
 
 
 def _nearest(number: int, unit: int) -> str:
@@ -179,9 +203,9 @@ def _nearest(number: int, unit: int) -> str:
 
 
 def make_eval_step(objective: Objective, mesh: Mesh) -> Any:
-    """Jitted `(trainable, frozen, batch) -> (nll_BL, correct_BL)`: float32, 0 where the weight is 0, on every device whole.
+    """Jitted `(trainable, frozen, batch) -> (nll_BL, correct_BL)`: float32, 0 where the weight is 0, not weighted.
 
-    The losses are per token, so that the caller attributes them to examples and categories.
+    The losses are per token and whole on every device, so that the caller attributes them to examples and categories.
     """
     def eval_step(trainable: Any, frozen: Any, batch: Batch) -> tuple[Any, Any]:
         check_batch(batch, mesh)

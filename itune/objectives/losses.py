@@ -1,9 +1,10 @@
 """Cross-entropy whose full logits never exist.
 
-Tokens of weight 0 are left out before the head, the others pass it in chunks. The forward pass also forms the gradients of
-hidden states and head kernel, so that each chunk's logits are computed once: 6 T D V floating point operations for forward
-and backward together, where recomputing takes 8. On a mesh every device orders its own tokens; what moves between devices is
-the kernel, once, and its gradient, once.
+Tokens of weight 0 are left out before the head, the others pass it in chunks. The forward pass also forms the
+gradients of hidden states and head kernel, so that each chunk's logits are computed once: 6 T D V floating point
+operations for forward and backward together, where recomputing takes 8. On a mesh every device orders its own tokens;
+what moves between devices is the kernel, once, and its gradient, once. (Idea: Wijmans et al., arXiv 2411.09009, and
+Hsu et al., arXiv 2410.10989.)
 """
 
 from __future__ import annotations
@@ -34,19 +35,27 @@ class CrossEntropy(NamedTuple):
 
 
 def chunked_cross_entropy(
-    logits_fn: LogitsFn, kernel_VD: Any, hidden: Any, targets: Any, weights: Any, *, chunk: int = 1024,
+    logits_fn: LogitsFn,
+    kernel_VD: Any,
+    hidden: Any,
+    targets: Any,
+    weights: Any,
+    *,
+    chunk: int = 1024,
     mesh: Mesh | None = None,
 ) -> CrossEntropy:
     """Weighted negative log-likelihood of `targets`, in float32, `chunk` tokens at a time on each device.
 
     hidden: (B, L, D) or (T, D) in the compute dtype; targets int32 and weights float32 >= 0 of the leading shape.
-    `logits_fn(kernel_VD, hidden_TD) -> logits_TV` float32 must work on each vocabulary entry alone (scale, softcap), since
-    on a mesh with a `tensor` axis it sees a shard of the vocabulary. With `mesh`, hidden must be (B, L, D), its rows
-    divisible by data x fsdp and its length by context.
+    `logits_fn(kernel_VD, hidden_TD) -> logits_TV` float32 must treat each vocabulary entry alone (scale, softcap do):
+    on a mesh with a `tensor` axis it sees a shard of the vocabulary. It must not close over traced values. With `mesh`,
+    hidden must be (B, L, D), its rows divisible by data x fsdp and its length by context.
+    Gradients reach the kernel and the hidden states; targets and weights count as constants.
     """
-    kernel_VD = jnp.asarray(kernel_VD)
-    outputs = _cross_entropy(_Static(logits_fn, chunk, mesh), kernel_VD, hidden, targets, weights.astype(jnp.float32))
-    return CrossEntropy(outputs.loss_sum, *map(jax.lax.stop_gradient, outputs[1:]))
+    kernel_VD, hidden, targets, weights = map(jnp.asarray, (kernel_VD, hidden, targets, weights))
+    static = _Static(logits_fn, chunk, mesh)
+    loss_sum, nll, correct = _cross_entropy(static, kernel_VD, hidden, targets, weights.astype(jnp.float32))
+    return CrossEntropy(loss_sum, jax.lax.stop_gradient(nll), jax.lax.stop_gradient(correct))
 
 
 class _Static(NamedTuple):
@@ -74,7 +83,15 @@ _cross_entropy.defvjp(_forward, _backward)
 
 
 def _run(static: _Static, with_gradients: bool, kernel_VD: Any, hidden: Any, targets: Any, weights: Any) -> Any:
-    """CrossEntropy and, when asked, (dkernel_VD, dhidden) of the loss sum: on one device, or under shard_map."""
+    """CrossEntropy and, when asked, (dkernel_VD, dhidden) of the loss sum, in the dtypes of kernel and hidden."""
+    dtype, narrower = kernel_VD.dtype, hidden.dtype.itemsize < kernel_VD.dtype.itemsize
+    kernel_VD = kernel_VD.astype(hidden.dtype) if narrower else kernel_VD  # once, and before devices exchange it
+    result, gradients = _spread(static, with_gradients, kernel_VD, hidden, targets, weights)
+    return result, (gradients[0].astype(dtype), gradients[1]) if with_gradients else None
+
+
+def _spread(static: _Static, with_gradients: bool, kernel_VD: Any, hidden: Any, targets: Any, weights: Any) -> Any:
+    """`_local` on the one device there is, or on each device of the mesh."""
     mesh = static.mesh
     if mesh is None or mesh.size == 1:
         return _local(static, with_gradients, (), "", kernel_VD, hidden, targets, weights)
@@ -86,16 +103,28 @@ def _run(static: _Static, with_gradients: bool, kernel_VD: Any, hidden: Any, tar
     loss_specs = CrossEntropy(PartitionSpec(), rows, rows)
     body = functools.partial(_local, static, with_gradients, row_axes, "tensor" if split_vocab else "")
     return jax.shard_map(
-        body, mesh=mesh, in_specs=(kernel_spec, hidden_spec, rows, rows),
-        out_specs=(loss_specs, (kernel_spec, hidden_spec) if with_gradients else None), check_vma=False,
+        body,
+        mesh=mesh,
+        in_specs=(kernel_spec, hidden_spec, rows, rows),
+        out_specs=(loss_specs, (kernel_spec, hidden_spec) if with_gradients else None),
+        check_vma=False,
     )(kernel_VD, hidden, targets, weights)
 
 
 def _local(
-    static: _Static, with_gradients: bool, row_axes: tuple[str, ...], vocab_axis: str,
-    kernel_VD: Any, hidden: Any, targets: Any, weights: Any,
+    static: _Static,
+    with_gradients: bool,
+    row_axes: tuple[str, ...],
+    vocab_axis: str,
+    kernel_VD: Any,
+    hidden: Any,
+    targets: Any,
+    weights: Any,
 ) -> Any:
-    """The tokens of one device. `row_axes`: mesh axes over which tokens are spread; `vocab_axis`: the vocabulary's, or ""."""
+    """CrossEntropy and gradients (the kernel's in float32) of the tokens of one device.
+
+    `row_axes`: mesh axes over which tokens are spread; `vocab_axis`: the vocabulary's, "" where each device has it all.
+    """
     hidden_TD, targets_T, weights_T = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), weights.reshape(-1)
     tokens = targets_T.shape[0]
     chunk = min(static.chunk, tokens)
@@ -128,14 +157,20 @@ def _local(
         dkernel_VD, dhidden_TD = gradients
         if row_axes:
             dkernel_VD = jax.lax.psum(dkernel_VD, row_axes)
-        gradients = dkernel_VD.astype(kernel_VD.dtype), dhidden_TD.reshape(hidden.shape)
+        gradients = dkernel_VD, dhidden_TD.reshape(hidden.shape)
     if row_axes:
         total = jax.lax.psum(total, row_axes)
     return CrossEntropy(total, nll_T.reshape(targets.shape), correct_T.reshape(targets.shape)), gradients
 
 
 def _chunk(
-    logits_fn: LogitsFn, with_gradients: bool, vocab_axis: str, kernel_VD: Any, hidden_TD: Any, targets_T: Any, weights_T: Any
+    logits_fn: LogitsFn,
+    with_gradients: bool,
+    vocab_axis: str,
+    kernel_VD: Any,
+    hidden_TD: Any,
+    targets_T: Any,
+    weights_T: Any,
 ) -> Any:
     """(nll_T, correct_T, (dkernel_VD, dhidden_TD) or None) of one chunk."""
     if with_gradients:

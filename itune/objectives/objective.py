@@ -14,11 +14,12 @@ TokenFn = Callable[[Any, Any, Batch], tuple[Any, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """`objective(trainable, frozen, batch, rng) -> (loss_sum, weight_sum, metrics)`: float32 scalars, sums and never means.
+    """`objective(trainable, frozen, batch, rng) -> (loss_sum, weight_sum, metrics)`: float32 sums, never means.
 
-    A step minimises sum(loss_sum) / sum(weight_sum), both over every micro-batch of the global batch; with `divide` False
-    it minimises sum(loss_sum). `metrics` holds further sums, `correct` among them: supervised tokens predicted right.
-    `per_token(trainable, frozen, batch) -> (nll_BL, correct_BL)` serves evaluation: float32, 0 where the weight is 0.
+    A step minimises sum(loss_sum) / sum(weight_sum), both over every micro-batch of the global batch; with `divide`
+    False it minimises sum(loss_sum). `metrics` holds further sums, `correct` among them: supervised tokens predicted
+    right. `per_token(trainable, frozen, batch) -> (nll_BL, correct_BL)` serves evaluation: float32, 0 where the weight
+    is 0.
     """
 
     loss: LossFn

@@ -22,17 +22,20 @@ def full_parameters(trainable: Any, frozen: Any) -> Any:
 
 
 def make_sft(
-    model: Any, weighting: str = "token", chunk: int = 1024, *,
+    model: Any,
+    weighting: str = "token",
+    chunk: int = 1024,
+    *,
     parameters: Callable[[Any, Any], Any] = full_parameters,
 ) -> Objective:
     """The objective of supervised fine-tuning for `model`. Its step minimises, over the global batch:
 
     token: sum(w * nll) / sum(w). example: the mean over examples of each one's weighted mean.
-    microbatch_mean: the mean over micro-batches of each one's weighted mean, as trainers did before they counted tokens
-    globally; it depends on `train.accumulation`. sum: sum(w * nll), divided by nothing.
+    microbatch_mean: the mean over micro-batches (those that carry weight) of each one's weighted mean, as trainers did
+    before they counted tokens globally; it depends on `train.accumulation`. sum: sum(w * nll), divided by nothing.
 
-    `chunk`: tokens whose logits exist at one time on each device. `parameters(trainable, frozen)`: what the model reads.
-    Raises InputError for an unknown weighting.
+    `chunk`: tokens whose logits exist at one time on each device. `parameters(trainable, frozen)`: what the model
+    reads. Raises InputError for an unknown weighting.
     """
     if weighting not in WEIGHTINGS:
         near = difflib.get_close_matches(weighting, WEIGHTINGS, n=1)
@@ -42,8 +45,10 @@ def make_sft(
     def cross_entropy(trainable: Any, frozen: Any, batch: Batch, weights_BL: Any, rng: Any) -> CrossEntropy:
         params = parameters(trainable, frozen)
         hidden_BLD = model.hidden(params, batch.tokens_BL, batch.segment_ids_BL, batch.positions_BL, rng=rng)
-        return chunked_cross_entropy(model.head_logits, model.unembed(params), hidden_BLD, batch.targets_BL, weights_BL,
-                                     chunk=chunk, mesh=model.mesh)
+        kernel_VD = model.unembed(params)
+        return chunked_cross_entropy(
+            model.head_logits, kernel_VD, hidden_BLD, batch.targets_BL, weights_BL, chunk=chunk, mesh=model.mesh
+        )
 
     def loss(trainable: Any, frozen: Any, batch: Batch, rng: Any) -> tuple[Any, Any, dict[str, Any]]:
         weights_BL, weight_sum = batch.loss_weights_BL, jnp.sum(batch.loss_weights_BL)
