@@ -10,8 +10,9 @@ class Rope:
     """Rotary position embedding: base frequency and how it is stretched to longer contexts.
 
     scaling: none | linear (positions divided by `factor`) | llama3 (by wavelength, as in Llama 3.1) | yarn
-    (arXiv 2309.00071). `original_length` is the context of pretraining in tokens; `attention_factor` multiplies cos
-    and sin (yarn).
+    (arXiv 2309.00071) | dynamic (none up to `original_length`; longer rows are refused, because its base would then
+    depend on the longest row of the batch). `original_length` is the context of pretraining in tokens;
+    `attention_factor` multiplies cos and sin (yarn).
     """
 
     base: float = 10000.0
@@ -86,11 +87,3 @@ def layer_plan(kinds: tuple[LayerKind, ...]) -> tuple[int, int]:
         if unrolled < cost:
             best, cost = (period, repeats), unrolled
     return best
-
-
-def layer_place(kinds: tuple[LayerKind, ...], layer: int) -> tuple[str, int | None]:
-    """Where a layer's parameters stand: ("blocks/layer_i", index on the stacked axis), or ("rest/layer_i", None)."""
-    period, repeats = layer_plan(kinds)
-    if layer < period * repeats:
-        return f"blocks/layer_{layer % period}", layer // period
-    return f"rest_{layer - period * repeats}", None

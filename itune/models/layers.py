@@ -65,6 +65,27 @@ def linear(x: jax.Array, kernel_OI: jax.Array, dtype: Any, out_dtype: Any = None
     )
 
 
+@jax.custom_vjp
+def widening_linear(x: jax.Array, kernel_OI: jax.Array) -> jax.Array:
+    """`linear` of bfloat16 operands with a float32 result, for logits.
+
+    Its backward pass rounds the cotangent to the operands' dtype: left to itself it would multiply in float32.
+    """
+    return linear(x, kernel_OI, x.dtype, jnp.float32)
+
+
+def _widening_forward(x: jax.Array, kernel_OI: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return widening_linear(x, kernel_OI), (x, kernel_OI)
+
+
+def _widening_backward(operands: tuple[jax.Array, jax.Array], cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel_OI = operands
+    return jax.vjp(lambda x, kernel: linear(x, kernel, x.dtype), x, kernel_OI)[1](cotangent.astype(x.dtype))
+
+
+widening_linear.defvjp(_widening_forward, _widening_backward)
+
+
 class Dense(nn.Module):
     """A projection to `features` with a kernel (features, in)."""
 
@@ -118,29 +139,34 @@ class MLP(nn.Module):
 
 
 def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
-    """Radians a token for each pair of channels, float32, (head_dim / 2,)."""
+    """Radians a token for each pair of channels, float32, (head_dim / 2,).
+
+    The order of roundings is that of transformers: one unit in the last place is 0.001 radians at position 10,000.
+    """
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    inverse = (1.0 / np.float32(rope.base) ** exponents).astype(np.float32)
-    if rope.scaling == "none":
+    periods = np.power(np.float64(np.float32(rope.base)), exponents.astype(np.float64)).astype(np.float32)
+    inverse = np.float32(1.0) / periods
+    if rope.scaling in ("none", "dynamic"):
         return inverse
     if rope.scaling == "linear":
         return inverse / np.float32(rope.factor)
     if rope.scaling == "llama3":
         return _llama3(rope, inverse)
     if rope.scaling == "yarn":
-        return _yarn(rope, inverse, head_dim)
-    raise InputError(f"rope scaling {rope.scaling!r} is not supported; supported: none, linear, llama3, yarn")
+        return _yarn(rope, periods, head_dim)
+    raise InputError(f"rope scaling {rope.scaling!r} is not supported; supported: none, linear, llama3, yarn, dynamic")
 
 
 def _llama3(rope: Rope, inverse: np.ndarray) -> np.ndarray:
     """Long wavelengths are stretched by `factor`, short ones kept, those between blended (Llama 3.1)."""
-    wavelength = 2 * math.pi / inverse
-    turns = rope.original_length / wavelength
-    kept = np.clip((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0.0, 1.0)
-    return (kept * inverse + (1 - kept) * inverse / rope.factor).astype(np.float32)
+    low, high, factor = (np.float32(x) for x in (rope.low_freq_factor, rope.high_freq_factor, rope.factor))
+    one = np.float32(1.0)
+    turns = one / (one / inverse * np.float32(2 * math.pi)) * np.float32(rope.original_length)
+    kept = np.clip((turns - low) / (high - low), np.float32(0), one)
+    return (1 - kept) * inverse / factor + kept * inverse
 
 
-def _yarn(rope: Rope, inverse: np.ndarray, head_dim: int) -> np.ndarray:
+def _yarn(rope: Rope, periods: np.ndarray, head_dim: int) -> np.ndarray:
     """Channels with many turns in the original context are kept, those with few are interpolated (arXiv 2309.00071)."""
 
     def channel(turns: float) -> float:
@@ -151,8 +177,10 @@ def _yarn(rope: Rope, inverse: np.ndarray, head_dim: int) -> np.ndarray:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
     high = high + 0.001 if low == high else high
-    interpolated = np.clip((np.arange(head_dim // 2, dtype=np.float32) - low) / (high - low), 0.0, 1.0)
-    return (inverse * (1 - interpolated) + inverse / rope.factor * interpolated).astype(np.float32)
+    ramp = (np.arange(head_dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low)
+    kept = 1 - np.clip(ramp, np.float32(0), np.float32(1))
+    stretched = np.float32(1.0) / (np.float32(rope.factor) * periods)
+    return stretched * (1 - kept) + np.float32(1.0) / periods * kept
 
 
 def rope_tables(rope: Rope, head_dim: int, positions_BL: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from itune.models.architecture import ModelConfig
 from itune.models.attention.cache import init_cache
-from itune.models.layers import AXES, linear
+from itune.models.layers import AXES, linear, widening_linear
 from itune.models.transformer import Decoder, Settings
 from itune.sharding import check_divisible, tree_shardings
 
@@ -32,6 +32,7 @@ class Model:
     attention: str = "auto"
     remat: str = "none"
     mesh: Mesh | None = None
+    max_segments: int = 0  # examples in the fullest row, padding counted as one; 0 is unknown (cuDNN then allows 32)
 
     def init(self, rng: jax.Array) -> Any:
         """Random parameters, placed on the mesh where there is one (each device makes its own shard)."""
@@ -83,7 +84,9 @@ class Model:
 
     def head_logits(self, kernel_VD: jax.Array, hidden: jax.Array) -> jax.Array:
         """float32 logits (..., V) with this kernel, or a shard of its rows: the chunked loss differentiates this."""
-        return linear(hidden, kernel_VD, self.compute_dtype, out_dtype=jnp.float32)
+        if self.compute_dtype == "float32":
+            return linear(hidden, kernel_VD, "float32")
+        return widening_linear(hidden.astype(self.compute_dtype), kernel_VD.astype(self.compute_dtype))
 
     def init_cache(self, batch: int, length: int) -> Any:
         """An empty KV cache for `batch` rows of at most `length` tokens; see itune/models/attention/cache.py."""
@@ -109,7 +112,10 @@ class Model:
 
     def _decoder(self) -> Decoder:
         return Decoder(
-            self.config, Settings(self.compute_dtype, self.param_dtype, self.attention, self.remat, self.mesh)
+            self.config,
+            Settings(
+                self.compute_dtype, self.param_dtype, self.attention, self.remat, self.mesh, self.max_segments
+            ),
         )
 
     def _init(self, rng: jax.Array) -> Any:

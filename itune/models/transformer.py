@@ -14,6 +14,7 @@ from itune.models.attention import attention
 from itune.models.attention.cache import write
 from itune.models.layers import MLP, Dense, RMSNorm, rope_tables, rotate
 from itune.sharding import constrain
+from itune.types import InputError
 
 REMAT_POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
@@ -26,6 +27,7 @@ class Settings(NamedTuple):
     attention: str
     remat: str
     mesh: Mesh | None
+    max_segments: int = 0
 
 
 class Context(NamedTuple):
@@ -77,6 +79,7 @@ class Attention(nn.Module):
             window=self.kind.window,
             backend=s.attention,
             mesh=s.mesh,
+            max_segments=s.max_segments,
         )
         out = Dense(c.width, c.out_bias, c.init_std, s.dtype, s.param_dtype, name="o_proj")
         return out(mixed_BLNH.reshape(*x_BLD.shape[:2], -1)), cache
@@ -188,6 +191,13 @@ class Head(nn.Module):
 
 def make_context(c: ModelConfig, s: Settings, segments_BL: jax.Array, positions_BL: jax.Array, cache: Any) -> Context:
     """What the layers share, with these tokens' segments and positions written into the cache's."""
+    slots = (segments_BL if cache is None else cache["segments"]).shape[1]
+    for rope in c.ropes:
+        if rope.scaling == "dynamic" and slots > rope.original_length:
+            raise InputError(
+                f"rows of {slots} tokens: beyond {rope.original_length} dynamic rope scaling depends on the batch "
+                f"and is not supported; make rows at most {rope.original_length} tokens"
+            )
     ropes = tuple(rope_tables(rope, c.head_dim, positions_BL, s.dtype) for rope in c.ropes)
     if cache is None:
         return Context(segments_BL, segments_BL, None, None, None, ropes)

@@ -31,6 +31,7 @@ LLAMA_WEIGHTS: dict[str, str] = {
 }
 OLD_ROTARY = r".*\.rotary_emb\.inv_freq"  # a buffer that older checkpoints saved; it follows from the config
 
+ROPES = ("default", "linear", "llama3", "yarn", "dynamic")
 _REQUIRED = object()
 
 
@@ -80,6 +81,9 @@ def read_rope(hf: Fields) -> Rope:
     if kind == "linear":
         return Rope(base=base, scaling="linear", factor=nested.get("factor", float))
     original = nested.get("original_max_position_embeddings", int, max_length)
+    if kind == "dynamic":
+        factor = nested.get("factor", float)
+        return Rope(base=base, scaling="dynamic", factor=factor, original_length=max_length)
     if kind == "llama3":
         return Rope(
             base=base,
@@ -101,7 +105,7 @@ def read_rope(hf: Fields) -> Rope:
             truncate=nested.get("truncate", bool, True),
             attention_factor=_yarn_attention_factor(nested, factor),
         )
-    raise InputError(f"{nested.where}: rope type {kind!r} is not supported; supported: default, linear, llama3, yarn")
+    raise InputError(f"{nested.where}: rope type {kind!r} is not supported; supported: {', '.join(ROPES)}")
 
 
 def _yarn_attention_factor(nested: Fields, factor: float) -> float:

@@ -126,13 +126,13 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
     if pickles:
         raise InputError(
             f"{folder}: weights only as pickle ({', '.join(pickles[:3])}), which can run code when it is read; "
-            "convert them where you trust them: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
+            "convert them where you trust it: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
         )
     raise InputError(f"{folder}: no {SINGLE} and no {INDEX}; expected one of them")
 
 
 def _inside(folder: Path, name: str, where: Path) -> Path:
-    """The path of a file of this folder; names and links out of it are refused, save the hub cache's own."""
+    """The path of a file of this folder. Names and links out of it are refused, save the hub cache's."""
     if name != os.path.basename(name) or name in ("", ".", ".."):
         raise InputError(f"{where}: file name {name!r} leads out of the folder; expected a plain file name")
     real, home = (folder / name).resolve(), folder.resolve()

@@ -1,0 +1,57 @@
+"""Cached prefill and decode give the hidden states of the full forward pass, with padding on either side."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+from itune.models import LayerKind, Rope
+
+KINDS = {
+    "full": None,
+    "windows and a remainder": (
+        LayerKind(4, Rope()),
+        LayerKind(None, Rope(base=100.0)),
+        LayerKind(4, Rope()),
+        LayerKind(None, Rope(base=100.0)),
+        LayerKind(4, None),
+    ),
+}
+
+
+@pytest.mark.parametrize("kinds", KINDS)
+def test_decode_equals_the_full_forward(make_model, kinds):
+    model = make_model(kinds=KINDS[kinds], num_layers=len(KINDS[kinds] or "abc"), qk_norm=True)
+    params = model.init(jax.random.key(0))
+    rng = np.random.default_rng(0)
+    prompts, sides, steps, width = [3, 8, 5, 6], ["left", "right"] * 2, 6, 8
+    whole_BL = rng.integers(0, 48, (4, width + steps))
+    full_BLD = np.asarray(model.hidden(params, whole_BL))  # causal: what stands after a row's end does not matter
+
+    tokens, segments, positions = (np.zeros((4, width), np.int32) for _ in range(3))
+    for i, (n, side) in enumerate(zip(prompts, sides)):
+        place = slice(width - n, width) if side == "left" else slice(0, n)
+        tokens[i, place], segments[i, place], positions[i, place] = whole_BL[i, :n], 1, np.arange(n)
+    step = jax.jit(model.hidden_with_cache)
+    hidden, cache = step(params, tokens, positions, model.init_cache(4, width + steps), segment_ids_BL=segments)
+    for i, n in enumerate(prompts):
+        np.testing.assert_allclose(hidden[i][segments[i] == 1], full_BLD[i, :n], atol=1e-5)
+    for t in range(steps):
+        at = np.array(prompts)[:, None] + t
+        hidden, cache = step(params, np.take_along_axis(whole_BL, at, 1), at, cache)
+        np.testing.assert_allclose(hidden[:, 0], full_BLD[np.arange(4), at[:, 0]], atol=1e-5)
+    assert int(cache["index"]) == width + steps
+    assert np.abs(full_BLD).max() > 1
+
+
+def test_cache_has_static_shapes_and_the_compute_dtype(make_model):
+    model = make_model(num_layers=2)
+    cache = model.init_cache(3, 10)
+    pair = cache["blocks"][0]
+    assert pair["key"].shape == (2, 3, 10, 2, 8)
+    assert pair["value"].dtype == model.compute_dtype
+    assert cache["rest"] == ()
+    tokens = np.zeros((3, 4), np.int32)
+    _, after = jax.eval_shape(model.hidden_with_cache, model.abstract_params(), tokens, tokens, cache)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), cache)
