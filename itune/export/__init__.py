@@ -1,0 +1,166 @@
+"""Trained parameters -> a Hugging Face folder that is proven to hold them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from itune.config import load_config
+from itune.export.companions import write_companions
+from itune.export.proof import PROOF, prove_tokenizer, prove_weights, write_proof
+from itune.models import Model, save_pretrained
+from itune.models.hf.files import find_folder
+from itune.sharding import make_mesh
+from itune.types import InputError, RunError
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportReport:
+    """What was written and how it was proven; `report["max_abs_logit_difference"]` reads like a mapping.
+
+    max_abs_logit_difference: reloaded folder against the parameters in memory, rounded to the dtype that was asked for.
+    rounding_logit_difference: what that rounding itself changed. Both over the probe tokens.
+    """
+
+    folder: str
+    source: str
+    parameters: int
+    bytes: int
+    dtypes: dict[str, int]
+    max_abs_logit_difference: float
+    rounding_logit_difference: float
+    tokenizer: dict[str, Any]
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(self, name)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def export_pretrained(
+    folder: str | os.PathLike,
+    model: Model,
+    params: Any,
+    source: str | os.PathLike,
+    tokenizer: Any = None,
+    dtype: str | None = None,
+    max_shard_bytes: float = 5e9,
+    *,
+    revision: str | None = None,
+    info: Mapping[str, Any] | None = None,
+) -> ExportReport:
+    """Write model, tokenizer, chat template and generation config to a folder, and prove it by loading it again.
+
+    `source` is the checkpoint that the model was loaded from; what training did not change is copied from it byte for
+    byte. `tokenizer` is the one of the training run: where it differs from the source's (a chat template, added tokens)
+    it is written too, and its end of turn becomes a stop token of the generation config. Weights keep the source's
+    dtype unless `dtype` is given. `info` is entered in the proof file, `itune_proof.json`.
+
+    The folder appears whole and proven, or not at all; an earlier export there is replaced, anything else refused
+    (InputError). Raises RunError when the proof fails or the disk does. On several hosts all must call this.
+    """
+    folder, origin = Path(folder), find_folder(source, revision)
+    check_target(folder, origin)
+    with _staged(folder) as staging:
+        save_pretrained(
+            staging, model, params, source=source, revision=revision, dtype=dtype, max_shard_bytes=max_shard_bytes
+        )
+        if jax.process_index() == 0:
+            write_companions(staging, origin, tokenizer)
+        _barrier("export written")
+        weights = prove_weights(staging, model, params)
+        report = ExportReport(
+            folder=str(folder), source=str(source), tokenizer=prove_tokenizer(staging, tokenizer), **weights
+        )
+        if jax.process_index() == 0:
+            write_proof(staging, report.to_dict(), {"revision": revision, **(info or {})})
+    return report
+
+
+def export_run(
+    workdir: str | os.PathLike,
+    out: str | os.PathLike,
+    step: int | None = None,
+    dtype: str | None = None,
+    log: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Export a run's checkpoint (the newest, or that of `step`); says what was written and proven. See above."""
+    from itune.saved_run import load_run
+
+    check_target(Path(out), None)
+    run = load_run(workdir, step, _mesh_here(Path(workdir)), log)
+    section = run.config.model
+    report = export_pretrained(
+        out, run.model, run.params, section.path, run.tokenizer, dtype, revision=section.revision or None,
+        info={"workdir": str(workdir), "step": run.step},
+    )
+    log(f"exported step {run.step} to {out}: {report.parameters:,} parameters, {report.bytes:,} bytes of weights")
+    log(f"proof: reloaded, largest difference of a logit {report.max_abs_logit_difference:.3g} (see {PROOF})")
+    return {**report.to_dict(), "step": run.step}
+
+
+def _mesh_here(workdir: Path) -> Mesh | None:
+    """None (the run's own mesh) where this machine has as many devices; else a mesh that spreads weights over all."""
+    if not (workdir / "config.json").is_file():
+        return None
+    sizes = dataclasses.asdict(load_config(workdir / "config.json").mesh)
+    fits = math.prod(abs(size) for size in sizes.values()) == jax.device_count() or -1 in sizes.values()
+    return None if fits else make_mesh({"fsdp": -1})
+
+
+def check_target(folder: Path, origin: Path | None) -> None:
+    """Raise InputError unless the folder may be written: it is new, empty, or an earlier export."""
+    if origin is not None and folder.exists() and folder.resolve() == origin.resolve():
+        raise InputError(f"{folder}: is the model that training started from; choose another folder")
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: is a file; expected a folder to write")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / PROOF).is_file():
+        found = ", ".join(sorted(p.name for p in folder.iterdir())[:4])
+        raise InputError(f"{folder}: is not empty and no earlier export (it has {found}); choose a new folder")
+
+
+@contextlib.contextmanager
+def _staged(folder: Path) -> Iterator[Path]:
+    """A folder beside `folder` that takes its place when all went well, and is removed otherwise."""
+    first = jax.process_index() == 0
+    staging = folder.parent / f".{folder.name}.exporting"
+    if first:
+        shutil.rmtree(staging, ignore_errors=True)  # left by an export that was killed
+    try:
+        yield staging
+        if first:
+            _replace(staging, folder)
+    except OSError as error:
+        raise RunError(f"{folder}: could not be written: {error}") from error
+    finally:
+        if first:
+            shutil.rmtree(staging, ignore_errors=True)
+    _barrier("export done")
+
+
+def _replace(staging: Path, folder: Path) -> None:
+    if folder.is_dir() and any(folder.iterdir()):
+        aside = folder.parent / f".{folder.name}.replaced"
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(folder, aside)
+        os.replace(staging, folder)
+        shutil.rmtree(aside)
+    else:
+        os.replace(staging, folder)
+
+
+def _barrier(name: str) -> None:
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)

@@ -1,0 +1,193 @@
+"""Export: what training left alone stays as it was, what it changed is written, and all of it is proven."""
+
+import hashlib
+import json
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import itune
+from itune import export
+from itune.data.templates import load_tokenizer
+from itune.export import check_target, export_pretrained, proof
+from itune.models import LayerKind, Model, ModelConfig, load_pretrained, save_pretrained
+from itune.types import InputError, RunError
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A base model as a hub would give it: byte tokenizer without a chat template, bfloat16 weights, a stray file."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("source") / "base"
+    backend = Tokenizer(models.BPE({char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken("<eos>", special=True)])
+    config = ModelConfig(264, 16, 3, 4, 2, 8, 24, (LayerKind(),) * 3, max_length=128, init_std=0.3, qk_norm=True)
+    model = Model(config, "qwen3")
+    save_pretrained(folder, model, model.init(jax.random.key(0)), dtype="bfloat16")
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<eos>").save_pretrained(folder)
+    (folder / "generation_config.json").write_text('{"eos_token_id": 256, "temperature": 0.6}')
+    (folder / "training_args.bin").write_bytes(b"\x80")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tuned(source):
+    """The model after training with a chat template that it did not have."""
+    tokenizer = load_tokenizer(str(source), "chatml")
+    model, params = load_pretrained(source, vocab_size=tokenizer.vocab_size)
+    return model, jax.tree.map(lambda x: x * 1.001, params), tokenizer
+
+
+def bytes_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def edit(path, old, new):
+    path.write_text(path.read_text().replace(old, new))
+
+
+def test_untouched_is_copied_byte_for_byte(source, tmp_path):
+    model, params = load_pretrained(source)
+    report = itune.export_pretrained(tmp_path / "out", model, params, source=source)
+    assert report["max_abs_logit_difference"] == report.rounding_logit_difference == 0
+    before, after = bytes_of(source), bytes_of(tmp_path / "out")
+    del before["training_args.bin"], after["itune_proof.json"]
+    assert after.keys() == before.keys()
+    assert [name for name in before if before[name] != after[name]] == []
+
+
+def test_a_tuned_model_speaks_in_transformers(source, tuned, tmp_path):
+    """Template, stop tokens and logits as transformers sees them."""
+    import torch
+    import transformers
+
+    model, params, tokenizer = tuned
+    out = tmp_path / "out"
+    report = export_pretrained(out, model, params, source, tokenizer, "float32", info={"step": 7})
+    judge, info = transformers.AutoModelForCausalLM.from_pretrained(
+        out, output_loading_info=True, attn_implementation="eager"
+    )
+    assert not any(info.values()) and judge.dtype == torch.float32
+    theirs = transformers.AutoTokenizer.from_pretrained(out)
+    chat = [{"role": "user", "content": "Hi <|im_end|>?"}]
+    ids = theirs.apply_chat_template(chat[:1], add_generation_prompt=True)["input_ids"]
+    assert theirs.decode(ids).startswith("<|im_start|>user\nHi") and theirs.eos_token == "<|im_end|>"
+    stops = judge.generation_config.eos_token_id
+    assert {256, theirs.convert_tokens_to_ids("<|im_end|>")} == set(stops)
+    assert judge.generation_config.temperature == 0.6 and set(judge.config.eos_token_id) == set(stops)
+    with torch.no_grad():
+        expected = judge(torch.tensor([ids])).logits[0].numpy()
+    np.testing.assert_allclose(itune.forward(model, params, np.array([ids]))[0], expected, atol=1e-4)
+    assert report.max_abs_logit_difference == 0 and report.dtypes == {"float32": len(judge.state_dict())}
+    assert report.tokenizer["chat_template"] and set(report.tokenizer["stop_ids"]) <= set(stops)
+
+
+def test_the_proof_names_every_file(source, tuned, tmp_path):
+    model, params, tokenizer = tuned
+    out = tmp_path / "out"
+    report = export_pretrained(out, model, params, source, tokenizer, max_shard_bytes=8000, info={"step": 7})
+    record = json.loads((out / "itune_proof.json").read_text())
+    files = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in out.iterdir() if p.name != "itune_proof.json"}
+    assert record["sha256"] == files and sum(name.endswith(".safetensors") for name in files) > 2
+    assert record["step"] == 7 and record["source"] == str(source)
+    assert record["max_abs_logit_difference"] == report.max_abs_logit_difference == 0
+    assert report.dtypes == {"bfloat16": 3 * 11 + 3} and report.rounding_logit_difference > 1e-4
+    assert report.bytes == 2 * report.parameters == 2 * sum(x.size for x in jax.tree.leaves(params))
+
+
+def test_a_wrong_weight_is_found_and_nothing_is_left(source, tuned, tmp_path, monkeypatch):
+    model, params, tokenizer = tuned
+    out = tmp_path / "out"
+    export_pretrained(out, model, params, source, tokenizer)
+    good = bytes_of(out)
+
+    def damaged(folder, model, params, **options):
+        params = jax.tree.map(lambda x: x, params)
+        params["final_norm"]["scale"] = params["final_norm"]["scale"].at[3].add(0.01)
+        save_pretrained(folder, model, params, **options)
+
+    monkeypatch.setattr(export, "save_pretrained", damaged)
+    with pytest.raises(RunError, match=r"1 of 14 parameters read back with other values, worst final_norm/scale"):
+        export_pretrained(out, model, params, source, tokenizer)
+    assert bytes_of(out) == good and [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda f: edit(f / "tokenizer.json", '"q"', '"ŉ"'), "reads back otherwise: 'The quick"),
+        (lambda f: (f / "chat_template.jinja").write_text("{{ messages[0].content }}"), "template reads back other"),
+        (lambda f: (f / "generation_config.json").write_text('{"eos_token_id": 256}'), "stops at .256.; expected all"),
+        (lambda f: (f / "tokenizer.json").unlink(), "cannot be loaded again"),
+    ],
+)
+def test_a_wrong_tokenizer_is_found(source, tuned, tmp_path, monkeypatch, break_it, message):
+    model, params, tokenizer = tuned
+    write = export.write_companions
+
+    def damaged(folder, origin, tokenizer):
+        write(folder, origin, tokenizer)
+        break_it(folder)
+
+    monkeypatch.setattr(export, "write_companions", damaged)
+    with pytest.raises(RunError, match=message):
+        export_pretrained(tmp_path / "out", model, params, source, tokenizer)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_values_that_are_no_numbers_do_not_pass(source, tuned, tmp_path):
+    model, params, _ = tuned
+    bad = jax.tree.map(lambda x: x, params)
+    bad["final_norm"]["scale"] = bad["final_norm"]["scale"].at[0].set(jnp.nan)
+    with pytest.raises(RunError, match="final_norm/scale by nan"):
+        export_pretrained(tmp_path / "out", model, bad, source)
+
+
+def test_logits_are_compared_too(source, tmp_path, monkeypatch):
+    model, params = load_pretrained(source)
+    forward = proof.forward
+    monkeypatch.setattr(proof, "forward", lambda m, p, t: forward(m, p, t) + (0.0 if p is params else 1e-3))
+    with pytest.raises(RunError, match=r"logits of the reloaded model differ by 0\.001"):
+        export_pretrained(tmp_path / "out", model, params, source, dtype="float32")
+
+
+def test_only_an_export_is_replaced(source, tuned, tmp_path):
+    model, params, tokenizer = tuned
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("all I have")
+    with pytest.raises(InputError, match=r"mine: is not empty and no earlier export \(it has thesis.tex\)"):
+        export_pretrained(tmp_path / "mine", model, params, source, tokenizer)
+    with pytest.raises(InputError, match="is the model that training started from"):
+        export_pretrained(source, model, params, source, tokenizer)
+    with pytest.raises(InputError, match="is a file"):
+        check_target(tmp_path / "mine" / "thesis.tex", None)
+    for dtype, files in (("float32", {"float32"}), ("bfloat16", {"bfloat16"})):
+        export_pretrained(tmp_path / "out", model, params, source, tokenizer, dtype)
+        assert set(json.loads((tmp_path / "out" / "itune_proof.json").read_text())["dtypes"]) == files
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "out"]
+
+
+def test_a_run_is_exported(source, tuned, tmp_path, monkeypatch):
+    import itune.saved_run
+    from itune.config import from_dict
+
+    model, params, tokenizer = tuned
+    config = from_dict({"model": {"path": str(source)}, "mesh": {"fsdp": 2, "tensor": 2}})
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config.to_dict()))
+    run = types.SimpleNamespace(config=config, step=12, tokenizer=tokenizer, model=model, params=params)
+    asked, lines = [], []
+    load_run = lambda workdir, step, mesh, log: asked.append((step, dict(mesh.shape))) or run  # noqa: E731
+    monkeypatch.setattr(itune.saved_run, "load_run", load_run)
+    result = export.export_run(tmp_path / "run", tmp_path / "out", step=12, log=lines.append)
+    assert asked[0][0] == 12 and asked[0][1]["fsdp"] == 8  # four devices are not eight: weights go over all
+    assert result["step"] == 12 and result["max_abs_logit_difference"] == 0
+    assert "exported step 12" in lines[0] and "largest difference of a logit 0" in lines[1]
+    assert json.loads((tmp_path / "out" / "itune_proof.json").read_text())["workdir"] == str(tmp_path / "run")
