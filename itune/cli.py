@@ -71,7 +71,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
-    from itune.loop import evaluate_saved
+    from itune.saved_run import evaluate_saved
 
     return _finish(arguments, evaluate_saved(
         _config(arguments), workdir=arguments.workdir, step=arguments.step, model_folder=arguments.model,

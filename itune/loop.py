@@ -242,7 +242,7 @@ class Run:
                 )
             self.judged[self.done].add(evaluators.short_name(name))
             numbers = evaluators.flatten(results)
-            self.log(f"step {self.done}: {_shown(numbers)}")
+            self.log(f"step {self.done}  {name}: {_shown(results[name])}")
             if self.writers:
                 self.writers.write_evaluation(self.done, numbers)
         self.store.retain()
@@ -293,7 +293,8 @@ class Run:
             write_atomically(self.workdir / "data" / "rejects.jsonl", rejects)
 
     def facts(self) -> dict[str, Any]:
-        """What a crash record says about this run."""
+        """What a crash record says about this run, once a save that was under way has ended."""
+        self.store.close()
         return {"step": self.done, "last_checkpoint": self.store.latest(), "last_events": list(self.events),
                 "environment": self.environment, "config": self.config.to_dict()}
 
@@ -314,9 +315,10 @@ class Run:
         self.seconds[phase] += time.monotonic() - begun
 
 
-def _shown(numbers: Mapping[str, float], most: int = 6) -> str:
-    parts = [f"{name} {value:.4g}" for name, value in numbers.items() if name.count("/") == 1]
-    return "  ".join(parts[:most])
+def _shown(summary: Mapping[str, Any], most: int = 4) -> str:
+    """The first numbers of an evaluator's summary; all are in its file."""
+    numbers = [f"{name} {value:.4g}" for name, value in summary.items() if isinstance(value, int | float)]
+    return ", ".join(numbers[:most])
 
 
 def _first_line(error: BaseException) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from itune.checkpoint import Store, compare_configs
-from itune.config import Config, load_config
+from itune.config import Config
 from itune.evaluators import find_evaluator
 from itune.models import load_model, load_pretrained
 from itune.objectives.sft import make_sft
@@ -77,13 +76,7 @@ def make_plan(config: Config, data: Data, log: Log) -> Plan:
         section, _, key = name.rpartition(".")
         if value := getattr(getattr(config, section) if section else config, key):
             raise InputError(f"config: {name}={value!r} is not supported by this version; leave it out")
-    for name in config.evaluators:
-        find_evaluator(name)(config)
-    if config.evaluators and len(data.dataset.held_out) == 0:
-        raise InputError(
-            "evaluators: there are no held-out items; name files in data.eval, hold a share of data.train out with "
-            "data.held_out_share=0.1, or set evaluators=()"
-        )
+    check_evaluators(config, data.dataset)
     mesh = make_mesh(dataclasses.asdict(config.mesh))
     shape = (config.train.batch_size, config.data.max_length)
     dtypes = [np.float32 if name == "loss_weights_BL" else np.int32 for name in Batch._fields]
@@ -102,6 +95,17 @@ def make_plan(config: Config, data: Data, log: Log) -> Plan:
         accumulation=config.train.accumulation, clip_norm=config.optimizer.clip_norm,
     )
     return Plan(config, mesh, model, optimizer, step, abstract_state(model, optimizer, mesh), batch)
+
+
+def check_evaluators(config: Config, dataset: Any) -> None:
+    """Raise InputError, before anything is computed, for an unknown evaluator or when there is nothing to judge by."""
+    for name in config.evaluators:
+        find_evaluator(name)(config)
+    if config.evaluators and len(dataset.held_out) == 0:
+        raise InputError(
+            "evaluators: there are no held-out items; name files in data.eval, hold a share of data.train out with "
+            "data.held_out_share=0.1, or set evaluators=()"
+        )
 
 
 def model_settings(config: Config, tokenizer: Any) -> dict[str, Any]:
@@ -168,45 +172,3 @@ def local_rows(mesh: Mesh, batch: Batch) -> tuple[int, int]:
     slices = [index[0].indices(shape[0]) for index in
               batch_sharding(mesh).addressable_devices_indices_map(shape).values() if index is not None]
     return min(start for start, _, _ in slices), max(stop for _, stop, _ in slices)
-
-
-@dataclasses.dataclass(frozen=True)
-class LoadedRun:
-    """A run's model with the parameters of one of its checkpoints."""
-
-    config: Config
-    step: int
-    tokenizer: Any
-    model: Any
-    params: Any
-
-
-def load_run(
-    workdir: str | os.PathLike, step: int | None = None, mesh: Mesh | None = None, log: Log = print
-) -> LoadedRun:
-    """Model, tokenizer and verified parameters of a run directory, for evaluation and export.
-
-    Without `step` the newest whole checkpoint. Without `mesh` the config's. Raises InputError when there is no such
-    checkpoint, RunError when it is damaged.
-    """
-    from itune.data.templates import load_tokenizer
-
-    folder = Path(workdir)
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{folder}: not a run directory: it has no config.json")
-    store = Store(folder / "checkpoints", log=log)
-    if step is None:
-        step = store.newest_good()
-    else:
-        store.check_named(step)
-    if step is None:
-        raise InputError(f"{folder}: no checkpoint there yet")
-    config = load_config(folder / "config.json")
-    mesh = make_mesh(dataclasses.asdict(config.mesh)) if mesh is None else mesh
-    tokenizer = load_tokenizer(config.model.path, config.data.chat_template, config.model.revision or None)
-    model = load_model(config.model.path, mesh, **model_settings(config, tokenizer))
-    shapes = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        model.abstract_params(), model.shardings(),
-    )
-    return LoadedRun(config, step, tokenizer, model, store.restore_part(step, "trainable", shapes))

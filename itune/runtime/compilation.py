@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 
 def cache_folder() -> Path:
@@ -17,6 +18,7 @@ def use_compilation_cache() -> None:
     """Turn on jax's persistent compilation cache, for programs of any size. JAX_COMPILATION_CACHE_DIR is respected."""
     if not getattr(jax.config, "jax_compilation_cache_dir", None):
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compilation"))
+        compilation_cache.reset_cache()  # a program compiled before this has settled that there is none
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 

@@ -1,0 +1,300 @@
+"""The loop: trains, judges, saves; resumed equals uninterrupted, bitwise; every fault of the input has one message."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import random
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from itune.checkpoint import Store
+from itune.cli import main
+from itune.config import Config, from_dict
+from itune.loop import Result, train
+from itune.saved_run import evaluate_saved, load_run
+from itune.step import init_state
+from itune.types import InputError, RunError
+from itune.writers import read_metrics
+
+pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
+STEPS = 12
+TIMINGS = {"tokens_per_second", "mfu", "memory"}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A model folder of two layers, 64 wide, and a file of 100 conversations."""
+    folder = tmp_path_factory.mktemp("inputs")
+    script = Path(__file__).parents[1] / "scripts" / "make_random_model.py"
+    spec = importlib.util.spec_from_file_location("maker", script)
+    maker = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(maker)
+    maker.choose_shape = lambda *given: (64, 2)
+    maker.make("llama", 1_000_000, folder / "model", vocab=320)
+    draw = random.Random(0)
+    with (folder / "rows.jsonl").open("w") as rows:
+        for number in range(100):
+            last = draw.randint(2, 9)
+            answer = " ".join(map(str, range(last)))
+            rows.write(json.dumps({"task": f"t{number % 10}", "messages": [
+                {"role": "user", "content": f"Count to {last}, {number}"}, {"role": "assistant", "content": answer},
+            ]}) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory):
+    """Tokenised data and compiled programs of these tests, not the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        before = jax.config.jax_compilation_cache_dir
+        yield
+        jax.config.update("jax_compilation_cache_dir", before)
+
+
+def settings(inputs, **changes) -> Config:
+    tree = {
+        "model": {"path": str(inputs / "model")},
+        "data": {"train": str(inputs / "rows.jsonl"), "max_length": 96, "held_out_share": 0.1, "held_out_by": "task"},
+        "train": {"batch_size": 8, "max_steps": STEPS},
+        "optimizer": {"learning_rate": 4e-3, "warmup": 2},
+        "checkpoint": {"every": 4, "keep": 3},
+        "eval": {"every": 6, "batch_size": 8},
+        "log": {"every": 1},
+    }
+    for dotted, value in changes.items():
+        section, _, key = dotted.partition("__")
+        if key:
+            tree[section] = {**tree.get(section, {}), key: value}
+        else:
+            tree[section] = value
+    return from_dict(tree)
+
+
+@pytest.fixture(scope="module")
+def whole(inputs, tmp_path_factory) -> Result:
+    """The run that nothing interrupts."""
+    return train(settings(inputs), tmp_path_factory.mktemp("whole") / "run")
+
+
+@pytest.fixture
+def copy(whole, tmp_path):
+    return Path(shutil.copytree(whole.workdir, tmp_path / "copy"))
+
+
+def arrays(workdir, step=STEPS):
+    """Every array of a checkpoint as it was saved."""
+    from orbax.checkpoint import v1 as ocp
+
+    return jax.tree_util.tree_leaves_with_path(ocp.load(Store(workdir / "checkpoints").path(step) / "arrays"))
+
+
+def assert_same_run(a, b):
+    """Same parameters, optimizer state and rng; same logs and evaluations but for timings and memory."""
+    for (path, x), (_, y) in zip(arrays(a), arrays(b), strict=True):
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes(), path
+    logs = [[{k: v for k, v in record.items() if k not in TIMINGS} for record in read_metrics(folder / "metrics.jsonl")]
+            for folder in (a, b)]
+    assert logs[0] == logs[1]
+    assert [record["step"] for record in logs[0]] == list(range(1, STEPS + 1))
+    for step in (0, 6, 12):
+        for name in ("summary.json", "heldout_loss.jsonl"):
+            assert (a / "eval" / str(step) / name).read_bytes() == (b / "eval" / str(step) / name).read_bytes()
+
+
+def stop_at(step, number=signal.SIGTERM):
+    def on_step(done, metrics):
+        if done == step:
+            os.kill(os.getpid(), number)
+
+    return on_step
+
+
+def test_run_learns_and_leaves_a_complete_directory(whole):
+    summary = whole.summary
+    assert (whole.step, whole.total_steps, whole.preempted) == (STEPS, STEPS, False)
+    assert summary["after"]["heldout_loss"]["loss"] < summary["before"]["heldout_loss"]["loss"] - 1
+    assert whole.metrics["loss"] < read_metrics(whole.workdir / "metrics.jsonl")[0]["loss"] - 1
+    keys = {"step", "loss", "grad_norm", "learning_rate", "supervised_tokens", "tokens_per_second", "mfu", "memory"}
+    assert keys <= set(read_metrics(whole.workdir / "metrics.jsonl")[0])
+    assert whole.metrics["mfu"] is None and whole.metrics["memory"] > 1e8 and whole.metrics["tokens_per_second"] > 0
+    assert json.loads((whole.workdir / "config.json").read_text())["train"]["max_steps"] == STEPS
+    environment = json.loads((whole.workdir / "environment.json").read_text())
+    assert environment["devices"] == 8 and environment["versions"]["jax"] == jax.__version__
+    assert json.loads((whole.workdir / "data" / "report.json").read_text())["kept"] == 70
+    assert "<svg" in (whole.workdir / "report.html").read_text()
+    assert list((whole.workdir / "tensorboard").iterdir())
+    assert Store(whole.workdir / "checkpoints").steps() == [4, 8, 12]
+    seconds = summary["seconds"]
+    assert 0 < seconds["compile"] < seconds["first_step"] < seconds["total"]
+    assert seconds["first_step_of_process"] > seconds["first_step"]
+
+
+def test_preempted_and_resumed_equals_uninterrupted(inputs, whole, tmp_path, capsys):
+    stopped = train(settings(inputs), tmp_path / "run", on_step=stop_at(5))
+    assert stopped.preempted and 5 <= stopped.step <= 7
+    assert "stopped by SIGTERM" in capsys.readouterr().out
+    assert Store(tmp_path / "run" / "checkpoints").latest() == stopped.step
+    resumed = train(settings(inputs), tmp_path / "run")
+    assert f"resumed from the checkpoint of step {stopped.step} of {STEPS}" in capsys.readouterr().out
+    assert not resumed.preempted
+    assert_same_run(whole.workdir, resumed.workdir)
+    assert resumed.metrics["loss"] == whole.metrics["loss"]
+
+
+def test_damaged_checkpoint_is_passed_over_and_the_end_is_the_same(inputs, whole, copy, capsys):
+    files = [path for path in (copy / "checkpoints" / "12").rglob("*") if path.is_file()]
+    victim = max(files, key=lambda path: path.stat().st_size)
+    damaged = bytearray(victim.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    victim.write_bytes(damaged)
+    train(settings(inputs), copy)
+    out = capsys.readouterr().out
+    assert f"checkpoint of step 12 is damaged and is passed over: {victim} is damaged" in out
+    assert "resumed from the checkpoint of step 8 of 12" in out
+    assert (copy / "checkpoints" / "damaged-12").is_dir()
+    assert_same_run(whole.workdir, copy)
+
+
+def test_failure_leaves_a_record_and_the_run_goes_on(inputs, whole, tmp_path):
+    def fail(step, metrics):
+        if step == 10:
+            raise ValueError("planted hf_aaaaaaaaaaaaaaaaaaaa")
+
+    with pytest.raises(RunError, match=r"failed after step 11: ValueError: planted .*details: .*crash\.json"):
+        train(settings(inputs), tmp_path / "run", on_step=fail)
+    crash = json.loads((tmp_path / "run" / "crash.json").read_text())
+    assert crash["step"] == 11 and crash["last_checkpoint"] == 8 and "planted [hidden]" in crash["error"]
+    assert crash["config"]["train"]["max_steps"] == STEPS and crash["environment"]["versions"]["jax"]
+    train(settings(inputs), tmp_path / "run")
+    assert not (tmp_path / "run" / "crash.json").exists()
+    assert_same_run(whole.workdir, tmp_path / "run")
+
+
+def test_resume_on_another_mesh_is_allowed_and_close(inputs, whole, copy, capsys):
+    for name in ("12", "8"):
+        shutil.rmtree(copy / "checkpoints" / name)
+    train(settings(inputs, mesh={"data": 2, "fsdp": 2, "tensor": 2}), copy)
+    assert "resumed with a change: mesh.tensor: 1 there, 2 here (results change by rounding)" in capsys.readouterr().out
+    losses = [[record["loss"] for record in read_metrics(folder / "metrics.jsonl")] for folder in (whole.workdir, copy)]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+
+
+def test_finished_run_stays_and_can_be_extended(inputs, copy, capsys):
+    before = (copy / "metrics.jsonl").read_text()
+    again = train(settings(inputs), copy)
+    assert "this run is finished" in capsys.readouterr().out
+    assert again.step == STEPS and (copy / "metrics.jsonl").read_text() == before and again.metrics["loss"]
+    longer = train(settings(inputs, train__max_steps=14), copy)
+    assert "extended from 12 to 14 steps" in capsys.readouterr().out
+    assert longer.step == 14
+    assert [record["step"] for record in read_metrics(copy / "metrics.jsonl")] == list(range(1, 15))
+
+
+def test_another_config_or_other_data_is_refused_field_by_field(inputs, copy, tmp_path):
+    with pytest.raises(InputError, match=r"workdir of a different config:\n  optimizer\.learning_rate: 0\.004 there, 0\.01"):
+        train(settings(inputs, optimizer__learning_rate=0.01), copy)
+    with pytest.raises(InputError, match=r"train\.max_steps: 12 there, 6 here \(may only grow\)"):
+        train(settings(inputs, train__max_steps=6), copy)
+    rows = (inputs / "rows.jsonl").read_text()
+    (tmp_path / "moved.jsonl").write_text(rows)
+    moved = {"train": str(tmp_path / "moved.jsonl"), "max_length": 96, "held_out_share": 0.1, "held_out_by": "task"}
+    assert train(settings(inputs, data=moved), copy).step == STEPS  # the same content elsewhere
+    (tmp_path / "moved.jsonl").write_text(rows.replace("Count to 2,", "Count up to 2,"))
+    with pytest.raises(InputError, match=r"data\.train: .*rows\.jsonl' there, .*moved\.jsonl' here"):
+        train(settings(inputs, data=moved), copy)
+
+
+def test_start_from_the_parameters_of_another_run(inputs, whole, tmp_path):
+    result = train(settings(inputs, train__init_from=str(whole.workdir)), tmp_path / "run", on_step=stop_at(1))
+    before, after = result.summary["before"]["heldout_loss"], whole.summary["after"]["heldout_loss"]
+    assert before == after
+    with pytest.raises(InputError, match=r"train\.init_from: .*nowhere has no checkpoint"):
+        train(settings(inputs, train__init_from=str(tmp_path / "nowhere")), tmp_path / "other")
+
+
+def test_loss_that_is_not_finite_ends_the_run_and_is_never_saved(inputs, tmp_path, monkeypatch):
+    def poisoned(*given):
+        state = init_state(*given)
+        return state.replace(trainable=jax.tree.map(lambda x: x * np.nan, state.trainable))
+
+    monkeypatch.setattr("itune.loop.init_state", poisoned)
+    with pytest.raises(RunError, match=r"step 1: loss nan, .* not finite\. Its batch holds \d+ examples: .*rows\.jsonl:\d+"):
+        train(settings(inputs, evaluators=()), tmp_path / "run")
+    store = Store(tmp_path / "run" / "checkpoints")
+    assert store.steps() == []
+
+
+def test_saved_run_is_judged_and_loaded_again(inputs, whole, tmp_path, capsys):
+    results = evaluate_saved(settings(inputs), workdir=str(whole.workdir), out=str(tmp_path / "out"))
+    assert results["heldout_loss"] == whole.summary["after"]["heldout_loss"]
+    assert "heldout_loss/loss" in capsys.readouterr().out and (tmp_path / "out" / "heldout_loss.jsonl").is_file()
+    base = evaluate_saved(settings(inputs), model_folder=str(inputs / "model"), out=str(tmp_path / "base"))
+    assert base["heldout_loss"]["loss"] == pytest.approx(whole.summary["before"]["heldout_loss"]["loss"], rel=1e-6)
+    assert load_run(whole.workdir, step=4).step == 4
+    with pytest.raises(InputError, match="no checkpoint of step 5; steps here: 4, 8, 12"):
+        load_run(whole.workdir, step=5)
+
+
+def command(inputs, workdir, *arguments):
+    return ["train", "--config", "default", "--workdir", str(workdir), f"--config.model.path={inputs / 'model'}",
+            f"--config.data.train={inputs / 'rows.jsonl'}", "--config.data.max_length=96",
+            "--config.data.held_out_share=0.1", *arguments]
+
+
+@pytest.mark.parametrize(("arguments", "code", "message"), [
+    (["--config.train.batch_size=6"], 2, r"train\.batch_size: 6 rows .* multiple of 8; nearest: 8"),
+    (["--config.mesh.tensor=3"], 2, "does not fit 8 devices"),
+    (["--config.model.path="], 2, "model.path is empty"),
+    (["--config.data.train="], 2, "data.train is empty"),
+    (["--config.data.held_out_share=0"], 2, "there are no held-out items"),
+    (["--config.evaluators=('heldout_los',)"], 2, "did you mean heldout_loss"),
+    (["--config.profile.steps=3"], 2, "profile.steps must be first:last such as 10:13, found '3'"),
+    (["--config.lora.rank=4"], 2, "lora.rank=4 is not supported by this version"),
+])
+def test_bad_input_is_one_message_with_exit_code_2(inputs, tmp_path, capsys, arguments, code, message):
+    assert main(command(inputs, tmp_path / "run", *arguments)) == code
+    error = capsys.readouterr().err
+    assert re.search(message, error), error
+    assert error.startswith("itune: ") and "Traceback" not in error
+    assert not (tmp_path / "run" / "crash.json").exists()
+
+
+def test_tokenizer_larger_than_the_embedding(inputs, tmp_path, capsys):
+    model = Path(shutil.copytree(inputs / "model", tmp_path / "model"))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "vocab_size": 256}))
+    assert main(command(inputs, tmp_path / "run", f"--config.model.path={model}")) == 2
+    assert "tokens, the embedding has 256 rows" in capsys.readouterr().err
+
+
+def test_out_of_disk_is_said_before_weights_are_read(inputs, tmp_path, capsys, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    assert main(command(inputs, tmp_path / "run")) == 1
+    assert "out of disk: a checkpoint needs" in capsys.readouterr().err
+
+
+def test_workdir_that_is_a_file(inputs, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(command(inputs, tmp_path / "file" / "run")) == 2
+    assert "cannot be created: Not a directory" in capsys.readouterr().err
+
+
+def test_preempted_command_leaves_with_143(whole, tmp_path, monkeypatch):
+    import itune.loop
+
+    def train_and_stop(config, workdir):
+        return train(config, workdir, on_step=stop_at(1, signal.SIGINT))
+
+    monkeypatch.setattr(itune.loop, "train", train_and_stop)
+    assert main(["train", "--config", str(whole.workdir / "config.json"), "--workdir", str(tmp_path / "run")]) == 143
+    assert 1 <= Store(tmp_path / "run" / "checkpoints").latest() <= 3
