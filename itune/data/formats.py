@@ -23,8 +23,8 @@ def detect_format(rows: list[Row], fields: Mapping[str, str] | None = None) -> s
             return name
     found = ", ".join(sorted(rows[0].fields)) if rows else "no rows"
     wanted = "; ".join(f"{name}: {', '.join(signs)}" for name, signs in SIGNS.items())
-    raise InputError(f"{rows[0].address if rows else 'data'}: the row has the fields {found}; expected those of one format "
-                     f"({wanted}), or set data.format and data.fields")
+    raise InputError(f"{rows[0].address if rows else 'data'}: the row has the fields {found}; expected those of one "
+                     f"format ({wanted}), or set data.format and data.fields")
 
 
 def convert(row: Row, name: str, fields: Mapping[str, str] | None = None) -> Conversation:
@@ -39,9 +39,10 @@ def convert(row: Row, name: str, fields: Mapping[str, str] | None = None) -> Con
         raise InputError(f"{row.address}: no messages; expected at least one user and one assistant turn")
     if not any(message.role == "assistant" for message in messages):
         roles = ", ".join(message.role for message in messages)
-        raise InputError(f"{row.address}: no assistant turn (roles found: {roles}); expected at least one to learn from")
+        raise InputError(f"{row.address}: no assistant turn (roles found: {roles}); expected at least one")
     used = {fields.get(sign, sign) for sign in (*SIGNS[name], *OPTIONAL[name])}
-    metadata = {k: v for k, v in row.fields.items() if k not in used and isinstance(v, str | int | float | bool)}
+    scalars = str | int | float | bool
+    metadata: dict[str, Any] = {k: v for k, v in row.fields.items() if k not in used and isinstance(v, scalars)}
     tools = row.fields.get(fields.get("tools", "tools"))
     if isinstance(tools, str) and tools.strip().startswith("["):
         tools = _json_or(tools, tools)
@@ -64,7 +65,8 @@ def messages_of(value: Any, where: str, role_key: str = "role", content_key: str
         if not isinstance(item, Mapping):
             raise InputError(f"{at}: found {_kind(item)}; expected an object with {role_key} and {content_key}")
         if role_key not in item:
-            raise InputError(f"{at}.{role_key}: missing (keys found: {', '.join(item)}); expected one of {', '.join(known)}")
+            raise InputError(f"{at}.{role_key}: missing (keys found: {', '.join(item) or 'none'}); "
+                             f"expected one of {', '.join(known)}")
         role = item[role_key]
         if not isinstance(role, str) or role not in known:
             near = difflib.get_close_matches(str(role).lower(), list(known), n=1, cutoff=0.4)
@@ -87,10 +89,9 @@ def _messages(row: Row, fields: Mapping[str, str]) -> list[Message]:
 
 def _sharegpt(row: Row, fields: Mapping[str, str]) -> list[Message]:
     key = fields.get("conversations", "conversations")
-    turns = _field(row, key)
-    messages = messages_of(turns, f"{row.address}: {key}", fields.get("from", "from"), fields.get("value", "value"), SHAREGPT_ROLES)
-    system = row.fields.get(fields.get("system", "system"))
-    return _with_system(row, system, messages)
+    role_key, content_key = fields.get("from", "from"), fields.get("value", "value")
+    messages = messages_of(_field(row, key), f"{row.address}: {key}", role_key, content_key, SHAREGPT_ROLES)
+    return _with_system(row, row.fields.get(fields.get("system", "system")), messages)
 
 
 def _alpaca(row: Row, fields: Mapping[str, str]) -> list[Message]:
@@ -131,7 +132,8 @@ def _field(row: Row, key: str) -> Any:
     if key not in row.fields:
         near = difflib.get_close_matches(key, list(row.fields), n=1, cutoff=0.5)
         hint = f" (nearest: {near[0]})" if near else ""
-        raise InputError(f"{row.address}: {key}: missing{hint}; fields found: {', '.join(sorted(row.fields)) or 'none'}")
+        found = ", ".join(sorted(row.fields)) or "none"
+        raise InputError(f"{row.address}: {key}: missing{hint}; fields found: {found}")
     return row.fields[key]
 
 
@@ -156,7 +158,8 @@ def _content(value: Any, where: str, optional: bool = False) -> str:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         code = ord(value[error.start])
-        raise InputError(f"{where}: found the lone surrogate U+{code:04X} at character {error.start}; expected text") from error
+        raise InputError(f"{where}: found the lone surrogate U+{code:04X} at character {error.start}; "
+                         "expected text") from error
     if "\0" in value:
         raise InputError(f"{where}: found a NUL character at character {value.index(chr(0))}; expected text")
     return value

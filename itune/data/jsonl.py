@@ -6,7 +6,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterator
-from typing import IO, Any
+from typing import Any
 
 from itune.types import InputError
 
@@ -16,8 +16,8 @@ BOM = b"\xef\xbb\xbf"
 def read_jsonl(file: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line counted from 1, object) of a JSON Lines file; blank lines are skipped, a BOM and CRLF are tolerated.
 
-    Raises InputError as `file:line: finding; expectation` for invalid UTF-8 (with the byte offset in the file), malformed
-    JSON, NaN and Infinity, a key that stands twice, a row that is not an object, and a damaged or truncated archive.
+    Raises InputError as `file:line: finding; expectation` for invalid UTF-8 (with the byte offset in the file),
+    malformed JSON, NaN and Infinity, a key that stands twice, a row that is not an object, a damaged or cut archive.
     """
     offset = 0
     for line, raw in enumerate(_lines(file), start=1):
@@ -49,7 +49,7 @@ def read_json_array(file: str) -> Iterator[tuple[int, dict[str, Any]]]:
         yield item, value
 
 
-def _open(file: str) -> IO[bytes]:
+def _open(file: str) -> Any:
     if file.endswith(".gz"):
         return gzip.open(file, "rb")
     if file.endswith(".zst"):
@@ -79,12 +79,10 @@ def _guarded(read: Any, where: str, *arguments: int) -> bytes:
     """`read`, with a damaged archive as an InputError."""
     try:
         return read(*arguments)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise InputError(f"{where}: the gzip archive is damaged or cut short ({error}); expected a complete file") from error
     except Exception as error:
-        if type(error).__name__ != "ZstdError":
+        if not isinstance(error, EOFError | zlib.error | gzip.BadGzipFile) and type(error).__name__ != "ZstdError":
             raise
-        raise InputError(f"{where}: the zstandard archive is damaged or cut short ({error}); expected a complete file") from error
+        raise InputError(f"{where}: the archive is damaged or cut short ({error}); expected a complete file") from error
 
 
 def _decode(raw: bytes, where: str, offset: int) -> str:
@@ -99,8 +97,8 @@ def _parse(text: str, where: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
     except json.JSONDecodeError as error:
-        line = f", line {error.lineno}" if error.lineno > 1 else ""
-        raise InputError(f"{where}: column {error.colno}{line}: {error.msg}; expected one JSON object a line") from error
+        at = f"column {error.colno}" + (f", line {error.lineno}" if error.lineno > 1 else "")
+        raise InputError(f"{where}: {at}: {error.msg}; expected one JSON object a line") from error
     except _Finding as error:
         raise InputError(f"{where}: {error}") from error
     except RecursionError as error:

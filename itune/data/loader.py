@@ -1,4 +1,4 @@
-"""Step -> Batch, a pure function of (fingerprint, seed, step); rows of it for one host; prefetched in the background."""
+"""Step -> Batch, a pure function of (fingerprint, seed, step); its rows for one host; prefetched in the background."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import math
 import queue
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -24,10 +25,10 @@ Rows = list[np.ndarray]
 class Loader:
     """Batches of an ExampleStore for training.
 
-    store: the examples. batch_size: rows of the global batch. max_length: tokens a row. packing: several examples a row.
-    seed: decides every epoch's order. epochs: passes over the data, 1.5 is one and a half. max_steps: ends earlier or later than
-    `epochs` where above 0. mixture: source name -> weight; None or {} takes each example once an epoch.
-    Raises InputError for an empty store, an example longer than max_length, or a mixture that does not fit the sources.
+    batch_size: rows of the global batch. max_length: tokens a row. packing: several examples a row. seed: decides the
+    order of every epoch. epochs: passes over the data, 1.5 is one and a half. max_steps: where above 0, the number of
+    steps instead. mixture: source name -> weight; None or {} takes each example once an epoch. Raises InputError for an
+    empty store, an example longer than max_length, or a mixture that does not fit the sources.
     """
 
     def __init__(self, store: ExampleStore, *, batch_size: int, max_length: int, packing: bool = True, seed: int = 0,
@@ -43,14 +44,14 @@ class Loader:
     @property
     def efficiency(self) -> float:
         """Share of the first epoch's token positions that hold a token."""
-        tokens = sum(int(self.store.lengths[row].sum()) for row in self._plan(0))
+        tokens = int(self.store.lengths[np.concatenate(self._plan(0))].sum())
         return tokens / (self.steps_per_epoch * self.batch_size * self.max_length)
 
     @property
     def fingerprint(self) -> str:
         """Hash of all that decides the content of batch `step`; how many steps are taken is not part of it."""
-        parts = [self.store.fingerprint, self.batch_size, self.max_length, self.packing, self.seed, sorted(self.mixture.items())]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        parts = [self.store.fingerprint, self.batch_size, self.max_length, self.packing, self.seed]
+        return hashlib.sha256(json.dumps([*parts, sorted(self.mixture.items())]).encode()).hexdigest()
 
     def batch(self, step: int) -> Batch:
         """The global batch of `step`, counted from 0: int32 and float32 arrays of shape (batch_size, max_length)."""
@@ -70,8 +71,9 @@ class Loader:
         number, inside = self._locate(step)
         return number + inside / self._epoch_steps(number)
 
-    def iterate(self, start_step: int = 0, rows: tuple[int, int] | None = None, ahead: int = 4) -> Iterator[tuple[int, Batch]]:
-        """(step, batch) from `start_step` to the last, built `ahead` steps early by one thread. `rows` as in `rows()`."""
+    def iterate(self, start_step: int = 0, rows: tuple[int, int] | None = None,
+                ahead: int = 4) -> Iterator[tuple[int, Batch]]:  # fmt: skip
+        """(step, batch) from `start_step` to the last, built `ahead` steps early by one thread; `rows` is a host's."""
         start, stop = rows or (0, self.batch_size)
         steps = range(start_step, self.total_steps)
         return prefetched(((step, self.rows(step, start, stop)) for step in steps), ahead)
@@ -113,7 +115,7 @@ class Loader:
         else:
             longest = int(self.store.lengths[chosen].max())
             if longest > self.max_length:
-                raise InputError(f"an example has {longest} tokens; expected at most {self.max_length} (data.max_length)")
+                raise InputError(f"an example has {longest} tokens; expected at most data.max_length={self.max_length}")
             rows = [chosen[i : i + 1] for i in range(len(chosen))]
         return [rows[i] for i in rng.permutation(len(rows)).tolist()]
 
@@ -121,7 +123,7 @@ class Loader:
 def build_batch(store: ExampleStore, members: Sequence[np.ndarray], rows: int, max_length: int) -> Batch:
     """`rows` rows of `max_length` positions; row b holds the examples `members[b]`, rows beyond have weight 0.
 
-    The shift happens here: targets_BL is the next token of the same segment, and a segment's last token has weight 0.
+    The shift happens here: targets_BL is the next token of the same segment; a segment's last token has weight 0.
     """
     tokens_BL = np.zeros((rows, max_length), np.int32)
     targets_BL = np.zeros((rows, max_length), np.int32)
@@ -153,7 +155,7 @@ class EvalBatches(Sequence[Batch]):
     def __len__(self) -> int:
         return math.ceil(len(self._rows) / self.batch_size)
 
-    def __getitem__(self, number):  # type: ignore[no-untyped-def, override]
+    def __getitem__(self, number: Any) -> Any:
         if isinstance(number, slice):
             return [self[i] for i in range(*number.indices(len(self)))]
         return build_batch(self.store, self._members(number), self.batch_size, self.max_length)
@@ -174,7 +176,7 @@ class EvalBatches(Sequence[Batch]):
 
 
 def eval_batches(store: ExampleStore, batch_size: int, max_length: int, packing: bool = True) -> EvalBatches:
-    """Batches for evaluation; the last one is filled with rows of weight 0. Raises InputError for too long an example."""
+    """Batches for evaluation, the last filled with rows of weight 0. Raises InputError for too long an example."""
     return EvalBatches(store, batch_size, max_length, packing)
 
 

@@ -11,7 +11,7 @@ from itune.types import InputError
 
 
 def planned_counts(sizes: Mapping[str, int], weights: Mapping[str, float]) -> dict[str, int]:
-    """Draws a source gets in one epoch: shares in proportion to the weights, of as many draws as there are examples.
+    """Draws of each source in one epoch: shares in proportion to the weights, as many in all as there are examples.
 
     Rounded by largest remainder, so that the counts sum to the number of examples in sources of positive weight. Raises
     InputError for an unknown or missing source name and for a weight that is negative or not a number.
@@ -20,10 +20,12 @@ def planned_counts(sizes: Mapping[str, int], weights: Mapping[str, float]) -> di
         if name not in sizes:
             near = difflib.get_close_matches(name, list(sizes), n=1, cutoff=0.4)
             hint = f" (nearest: {near[0]})" if near else ""
-            raise InputError(f"data.mixture: no source is called {name}{hint}; sources with examples: {', '.join(sizes)}")
+            raise InputError(f"data.mixture: no source is called {name}{hint}; "
+                             f"sources with examples: {', '.join(sizes)}")
     missing = [name for name in sizes if name not in weights]
     if missing:
-        raise InputError(f"data.mixture: no weight for {', '.join(missing)}; expected one for each source, 0 leaves it out")
+        raise InputError(f"data.mixture: no weight for {', '.join(missing)}; "
+                         "expected one for each source, 0 leaves it out")
     for name, weight in weights.items():
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
             raise InputError(f"data.mixture.{name}: found {weight!r}; expected a number of at least 0")
@@ -39,9 +41,10 @@ def planned_counts(sizes: Mapping[str, int], weights: Mapping[str, float]) -> di
     return counts
 
 
-def draws(sources: np.ndarray, source_names: Sequence[str], weights: Mapping[str, float], rng: np.random.Generator) -> np.ndarray:
-    """Example indices (int64) of one epoch. Without weights each once; else each source's examples in shuffled rounds, so that
-    no example is drawn twice more often than another of its source."""
+def draws(sources: np.ndarray, source_names: Sequence[str], weights: Mapping[str, float],
+          rng: np.random.Generator) -> np.ndarray:  # fmt: skip
+    """Example indices (int64) of one epoch. Without weights each once; else each source's examples in shuffled rounds,
+    so that within a source no example is drawn more than once more often than another."""
     if not weights:
         return np.arange(len(sources))
     members = {name: np.flatnonzero(sources == number) for number, name in enumerate(source_names)}

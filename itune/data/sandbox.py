@@ -1,7 +1,7 @@
 """Chat templates are code of strangers: they run in jinja2's immutable sandbox, with limits on time and size.
 
-The helpers are those that templates expect from transformers: raise_exception, strftime_now, tojson, loop controls and the
-`generation` tag.
+The helpers are those that templates expect of transformers: raise_exception, strftime_now, tojson, loop controls, and
+the `generation` tag.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import jinja2
 import jinja2.ext
 import jinja2.nodes as nodes
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 SECONDS = 2.0  # one rendering
 CHARACTERS = 50_000_000  # one string, and the whole output
@@ -36,7 +36,7 @@ class Guard(jinja2.ext.Extension):
     deadline = float("inf")
 
     def parse(self, parser: Any) -> nodes.Node:
-        """`{% generation %}` marks what the model writes; masks are derived otherwise, so its body is all that stays."""
+        """`{% generation %}` marks what the model writes; masks are proven otherwise, so only its body stays."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.Scope(body).set_lineno(line)
@@ -69,7 +69,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
         """`source` as a template with the guard's calls woven in. Raises jinja2.TemplateSyntaxError."""
         tree = self.parse(source)
         for node in list(tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock))):
-            node.body.insert(0, nodes.ExprStmt(_call("tick"), lineno=node.lineno))
+            body: list[nodes.Node] = node.body  # type: ignore[attr-defined]
+            body.insert(0, nodes.ExprStmt(_call("tick"), lineno=node.lineno))
             if isinstance(node, nodes.For) and node.test is not None:
                 node.test = nodes.And(_call("tick"), node.test)
         _replace_concat(tree)
@@ -87,19 +88,19 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return "".join(pieces)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "+" and isinstance(left, str) and isinstance(right, str):
-            check_size(len(left) + len(right))
-        elif operator == "+" and isinstance(left, list | tuple):
-            check_size(len(left) + len(right))
-        elif operator == "*":
-            check_size(_size(left) * right if isinstance(right, int) else _size(right) * left if isinstance(left, int) else 0)
+        if operator == "+" and isinstance(left, str | list | tuple):
+            check_size(len(left) + _size(right))
+        elif operator == "*" and isinstance(right, int):
+            check_size(_size(left) * right)
+        elif operator == "*" and isinstance(left, int):
+            check_size(_size(right) * left)
         elif operator == "**" and (not isinstance(right, int | float) or abs(right) > 64):
             raise TemplateLimit("the template raises a number to a power above 64")
         elif operator == "%" and isinstance(left, str) and re.search(r"\d{6}|\*", left):
             raise TemplateLimit("the template formats text with a width of six digits or of its choice")
         return super().call_binop(context, operator, left, right)
 
-    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805 (jinja2's interface)
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         owner = getattr(__obj, "__self__", None)
         if isinstance(owner, str | bytes):
             __self.guard.tick()
@@ -129,7 +130,9 @@ def check_size(size: int) -> None:
 
 
 def _size(value: Any) -> int:
-    return len(value) if isinstance(value, str | bytes | list | tuple) else value.bit_length() if isinstance(value, int) else 0
+    if isinstance(value, int):
+        return value.bit_length()
+    return len(value) if isinstance(value, str | bytes | list | tuple) else 0
 
 
 def _check_arguments(args: Any, kwargs: Any) -> None:
@@ -174,5 +177,3 @@ def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, s
             sort_keys: bool = False) -> str:  # fmt: skip
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
-
-__all__ = ["Sandbox", "SecurityError", "TemplateLimit"]

@@ -124,7 +124,7 @@ def _known(path: Path, key: str) -> str:
 
 
 def _nearest_file(path: Path) -> str:
-    """A hint that names the file most like a missing one, in its folder or in the nearest folder above that exists."""
+    """A hint: the file most like a missing one in its folder, or the nearest folder above that exists."""
     folder = path.parent
     if not folder.is_dir():
         while not folder.is_dir():
@@ -162,7 +162,7 @@ def _read_parquet(file: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _open_dataset(source: Source) -> Any:
-    """The dataset behind a hub id `owner/name[:split]`, a saved folder, or `tfds:name[:split]`; split train by default."""
+    """The dataset behind `owner/name[:split]`, a saved folder or `tfds:name[:split]`; train is the default split."""
     if source.kind == "tfds":
         try:
             import tensorflow_datasets as tfds
@@ -181,18 +181,19 @@ def _open_dataset(source: Source) -> Any:
     except Exception as error:  # the library raises a dozen kinds: no network, no such id, no such split, bad files
         detail = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         raise InputError(f"dataset {source.spec} cannot be opened ({detail}); expected a file, a saved dataset folder, "
-                         f"or a hub id that is reachable or already in the local cache") from error
+                         "or a hub id that is reachable or already in the local cache") from error
     if isinstance(found, dict):
         if "train" not in found:
-            raise InputError(f"dataset {source.spec} has the splits {', '.join(found)}; name one, as {source.spec}/SPLIT")
+            raise InputError(f"dataset {source.spec} has the splits {', '.join(found)}; "
+                             f"expected one of them, as {source.spec}/SPLIT")
         return found["train"]
     return found
 
 
 def _plain(value: Any) -> Any:
-    """Arrow and TFDS values as JSON types: bytes are UTF-8 text, arrays are lists, absent struct members are left out."""
+    """Arrow and TFDS values as JSON types: bytes are UTF-8 text, arrays are lists."""
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items() if v is not None}
+        return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     if isinstance(value, bytes):

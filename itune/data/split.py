@@ -12,7 +12,7 @@ from itune.types import Conversation, InputError
 
 
 def normalised(text: str) -> str:
-    """Text without what does not make it another question: case, width variants, runs of white space, outer punctuation."""
+    """Text without what makes no other question of it: case, width variants, runs of white space, outer punctuation."""
     folded = unicodedata.normalize("NFKC", text).casefold()
     return re.sub(r"\s+", " ", folded).strip(" \t\n.,;:!?\"'`*#-")
 
@@ -26,8 +26,9 @@ def prompt_text(conversation: Conversation) -> str:
 
 
 def asked_texts(conversation: Conversation) -> set[str]:
-    """Every normalised question that a conversation answers: each user turn, and all turns up to each assistant turn."""
-    found, before = set(), []
+    """Every normalised question that a conversation answers: each user turn, and the turns up to each answer."""
+    found: set[str] = set()
+    before: list[str] = []
     for message in conversation.messages:
         if message.role in ("system", "developer"):
             continue
@@ -51,8 +52,8 @@ def digest(text: str) -> bytes:
 class Split:
     """Which conversations are held out: `share` of the groups, chosen by a hash of seed and group.
 
-    The choice of a group depends on nothing else, so more data never moves a group from one side to the other. Where no group
-    falls below `share`, the one with the lowest hash is held out.
+    The choice of a group depends on nothing else, so more data never moves a group from one side to the other. Where no
+    group falls below `share`, the one with the lowest hash is held out.
     """
 
     def __init__(self, by: str, share: float, seed: int):
@@ -61,7 +62,7 @@ class Split:
         self.lowest: tuple[float, str] = (2.0, "")
 
     def group(self, conversation: Conversation) -> str:
-        """The conversation's group: the value of field `by`, or its prompt. Raises InputError where the field is missing."""
+        """The conversation's group: the value of field `by`, or its prompt. Raises InputError for a missing field."""
         if not self.by:
             return digest(prompt_text(conversation)).hex()
         if self.by not in conversation.metadata:
@@ -86,9 +87,9 @@ class Split:
         return int.from_bytes(raw, "big") / 2**64
 
 
-def hold_out(train: Callable[[], Iterable[Conversation]], evaluation: Iterable[Conversation], split: Split | None
-             ) -> tuple[list[Conversation], dict[str, Any]]:  # fmt: skip
-    """(held-out conversations, proof). `train` is read once or twice; `evaluation` are items from files of their own."""
+def hold_out(train: Callable[[], Iterable[Conversation]], evaluation: Iterable[Conversation],
+             split: Split | None) -> tuple[list[Conversation], dict[str, Any]]:  # fmt: skip
+    """(held-out conversations, proof). `train` is read twice; `evaluation` are items from files of their own."""
     held = list(evaluation)
     proof: dict[str, Any] = {"from_eval_sources": len(held), "by": "", "share": 0.0, "groups": 0, "groups_held_out": []}
     if split is not None:
@@ -97,10 +98,10 @@ def hold_out(train: Callable[[], Iterable[Conversation]], evaluation: Iterable[C
         chosen = [conversation for conversation in train() if split.holds_out(conversation)]
         names = sorted({split.group(conversation) for conversation in chosen})
         if len(names) == len(split.groups):
-            raise InputError(f"data.held_out_by={split.by or 'conversation'}: all {len(names)} groups would be held out; "
-                             "expected at least two groups, or data.held_out_share=0")
-        proof |= {"by": split.by or "conversation", "share": split.share, "seed": split.seed, "groups": len(split.groups),
-                  "groups_held_out": names if split.by else len(names)}  # fmt: skip
+            raise InputError(f"data.held_out_by={split.by or 'conversation'}: all {len(names)} groups would be held "
+                             "out; expected at least two groups, or data.held_out_share=0")
+        proof |= {"by": split.by or "conversation", "share": split.share, "seed": split.seed,
+                  "groups": len(split.groups), "groups_held_out": names if split.by else len(names)}  # fmt: skip
         held += chosen
     return held, proof
 
@@ -112,7 +113,7 @@ class Leaks:
         self._asked = {digest(text) for text in map(prompt_text, held) if text}
         self.proof = proof
         fingerprint = hashlib.sha256(b"".join(sorted(self._asked))).hexdigest()
-        proof |= {"compared": "normalised text of the prompt (NFKC, case folded, white space and outer punctuation removed)",
+        proof |= {"compared": "text of the prompt, normalised: NFKC, case folded, without outer punctuation",
                   "held_out_prompts": len(self._asked), "prompts_sha256": fingerprint,
                   "training_rows_compared": 0, "training_rows_removed": 0, "removed": []}  # fmt: skip
 

@@ -5,15 +5,16 @@ A folder holds tokens (int32), loss weights (float32), offsets (int64) into both
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from itune.types import Address, Example
+from itune.types import Address, Conversation, Example, Message
 
 
 class ExampleStore:
@@ -36,7 +37,8 @@ class ExampleStore:
             raise IndexError(f"example {index} of {len(self)}")
         index %= len(self)
         start, end = self.offsets[index], self.offsets[index + 1]
-        return Example(np.asarray(self.tokens[start:end]), np.asarray(self.weights[start:end]), self.address(index), self.metadata(index))
+        tokens, weights = np.asarray(self.tokens[start:end]), np.asarray(self.weights[start:end])
+        return Example(tokens, weights, self.address(index), self.metadata(index))
 
     def address(self, index: int) -> Address:
         file, line = self._places_N2[index]
@@ -57,9 +59,9 @@ class Writer:
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
-        self._tokens = open(folder / "tokens.int32", "wb")
-        self._weights = open(folder / "weights.float32", "wb")
-        self._metadata = open(folder / "metadata.jsonl", "wb")
+        self._tokens = open(folder / "tokens.int32", "wb")  # noqa: SIM115 (closed by close())
+        self._weights = open(folder / "weights.float32", "wb")  # noqa: SIM115
+        self._metadata = open(folder / "metadata.jsonl", "wb")  # noqa: SIM115
         self._hashers = hashlib.sha256(), hashlib.sha256()
         self._lengths: list[int] = []
         self._metadata_lengths: list[int] = []
@@ -88,7 +90,7 @@ class Writer:
         for stream in (self._tokens, self._weights, self._metadata):
             stream.close()
         lengths = np.asarray(self._lengths, np.int64)
-        digest = _digest(*(hasher.digest() for hasher in self._hashers), lengths)
+        digest = _digest(self._hashers[0].digest(), self._hashers[1].digest(), lengths)
         np.savez(
             self._folder / "index.npz",
             offsets=np.r_[0, np.cumsum(lengths)].astype(np.int64),
@@ -116,19 +118,19 @@ class _Lines(Sequence):
 
 
 def read_store(folder: Path) -> ExampleStore:
-    """The store in a folder, memory-mapped. Raises ValueError where a file has another size or content than was written."""
+    """The store in a folder, memory-mapped. Raises ValueError where a file differs from what was written."""
     with np.load(folder / "index.npz", allow_pickle=False) as index:
         arrays = {name: index[name] for name in index.files}
     names = json.loads((folder / "names.json").read_text())
     offsets = arrays["offsets"]
     tokens = _mapped(folder / "tokens.int32", np.dtype(np.int32), int(offsets[-1]))
     weights = _mapped(folder / "weights.float32", np.dtype(np.float32), int(offsets[-1]))
-    if _digest(hashlib.sha256(tokens).digest(), hashlib.sha256(weights).digest(), np.diff(offsets)) != names["digest"]:
+    if _digest(_sha256(tokens), _sha256(weights), np.diff(offsets)) != names["digest"]:
         raise ValueError(f"{folder} holds other bytes than were written")
     raw = _mapped(folder / "metadata.jsonl", np.dtype(np.uint8), int(arrays["metadata_offsets"][-1]))
     metadata = _Lines(raw, arrays["metadata_offsets"])
-    return ExampleStore(tokens, weights, offsets, arrays["sources"], names["source_names"], names["files"], arrays["places"],
-                        metadata, names["digest"])  # fmt: skip
+    return ExampleStore(tokens, weights, offsets, arrays["sources"], names["source_names"], names["files"],
+                        arrays["places"], metadata, names["digest"])  # fmt: skip
 
 
 def memory_store(examples: Iterable[Example]) -> ExampleStore:
@@ -139,11 +141,34 @@ def memory_store(examples: Iterable[Example]) -> ExampleStore:
     sources = np.asarray([source_names.setdefault(e.address.source, len(source_names)) for e in examples], np.int32)
     places = [(files.setdefault(e.address.file, len(files)), e.address.line) for e in examples]
     lengths = np.asarray([len(e.token_ids) for e in examples], np.int64)
-    tokens = np.concatenate([e.token_ids for e in examples]).astype(np.int32) if examples else np.zeros(0, np.int32)
-    weights = np.concatenate([e.loss_weights for e in examples]).astype(np.float32) if examples else np.zeros(0, np.float32)
-    digest = _digest(hashlib.sha256(tokens).digest(), hashlib.sha256(weights).digest(), lengths)
-    return ExampleStore(tokens, weights, np.r_[0, np.cumsum(lengths)].astype(np.int64), sources, list(source_names), list(files),
-                        np.asarray(places, np.int64).reshape(-1, 2), [dict(e.metadata) for e in examples], digest)  # fmt: skip
+    tokens = np.concatenate([np.zeros(0, np.int32), *(e.token_ids for e in examples)]).astype(np.int32)
+    weights = np.concatenate([np.zeros(0, np.float32), *(e.loss_weights for e in examples)]).astype(np.float32)
+    digest = _digest(_sha256(tokens), _sha256(weights), lengths)
+    offsets = np.r_[0, np.cumsum(lengths)].astype(np.int64)
+    return ExampleStore(tokens, weights, offsets, sources, list(source_names), list(files),
+                        np.asarray(places, np.int64).reshape(-1, 2), [dict(e.metadata) for e in examples],
+                        digest)  # fmt: skip
+
+
+def conversation_to_json(conversation: Conversation) -> dict[str, Any]:
+    """A conversation as JSON types; `conversation_from_json` reads it."""
+    messages = [dataclasses.asdict(message) for message in conversation.messages]
+    address = dataclasses.asdict(conversation.address)
+    return {"messages": messages, "address": address, "metadata": dict(conversation.metadata)}
+
+
+def conversation_from_json(stored: Mapping[str, Any]) -> Conversation:
+    messages = tuple(Message(**message) for message in stored["messages"])
+    return Conversation(messages, Address(**stored["address"]), stored["metadata"])
+
+
+def hash_of(value: Any) -> str:
+    """Hash of JSON types, whatever the order of keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(array: np.ndarray) -> bytes:
+    return hashlib.sha256(np.ascontiguousarray(array).data).digest()
 
 
 def _digest(tokens: bytes, weights: bytes, lengths: np.ndarray) -> str:

@@ -58,11 +58,13 @@ class ChatTemplate:
         from itune.data.sandbox import Sandbox
 
         self.source, self.name, self.variables = source, name, variables
+        self.frames: dict[Any, list[Any]] = {}  # what provenance.py found out about it
         self._sandbox = Sandbox()
         try:
             self._template = self._sandbox.compiled(source)
         except jinja2.TemplateSyntaxError as error:
-            raise InputError(f"chat template {name}:{error.lineno}: {error.message}; expected a Jinja chat template") from error
+            raise InputError(f"chat template {name}:{error.lineno}: {error.message}; "
+                             "expected a Jinja chat template") from error
 
     def render(self, messages: Sequence[dict[str, Any]], tools: Any = None, add_generation_prompt: bool = False) -> str:
         """The text of a conversation. Raises TemplateRefusal with the template's own words."""
@@ -79,33 +81,32 @@ class ChatTemplate:
 class Tokenizer:
     """A transformers fast tokenizer with its chat template, and what rendering needs to know of both.
 
-    `hf` is the transformers tokenizer (its chat template and eos set to those in use), `added_tokens` the tokens that the
-    chat template needed and the tokenizer did not have, `end_of_turn_id` the added token that the template writes after an
-    assistant's content, None where it writes none. `len(hf)`, here `vocab_size`, may exceed the model's embedding.
+    hf: the transformers tokenizer; its chat template and eos are those in use, so `hf.save_pretrained` exports them.
+    vocab_size: ids it may give, added ones included; this may exceed the model's embedding. added_tokens: what the chat
+    template needed and the tokenizer lacked. end_of_turn_id: the added token that the template writes after an
+    assistant's content, None where it writes none. added: id -> added token. backend: its `tokenizers` core, whose
+    offsets are not trimmed and which adds nothing: the template writes all special tokens.
     """
 
     def __init__(self, hf: Any, template: tuple[str, str] | None, added_tokens: tuple[str, ...] = ()):
         from itune.data.render import end_of_turn
 
         if not getattr(hf, "is_fast", False):
-            raise InputError(f"tokenizer {hf.name_or_path}: {type(hf).__name__} has no tokenizer.json; expected a fast tokenizer")
-        self.hf, self.added_tokens = hf, added_tokens
+            raise InputError(f"tokenizer {hf.name_or_path}: {type(hf).__name__} has no tokenizer.json; "
+                             "expected a fast tokenizer")
+        self.hf, self.added_tokens, self.source = hf, added_tokens, hf.chat_template
         self.vocab_size = len(hf)
-        self.template: ChatTemplate | None = None
-        if template:
-            self.template = ChatTemplate(template[0], template[1], dict(hf.special_tokens_map))
-        # Offsets must not be trimmed and no token may be added by post-processing: the template writes all of them.
+        self.template = ChatTemplate(*template, dict(hf.special_tokens_map)) if template else None
         self.backend = copy.deepcopy(hf.backend_tokenizer)
         self.backend.no_truncation()
         self.backend.no_padding()
         self.backend.post_processor = None
-        self.added_vocab = {token.content: index for index, token in hf.added_tokens_decoder.items()}
-        self.added_flags = {index: token for index, token in hf.added_tokens_decoder.items()}
-        size = max([self.vocab_size, *(index + 1 for index in self.added_flags)])
-        self.is_added_V = np.zeros(size, bool)
-        self.is_added_V[list(self.added_flags)] = True
+        self.added: dict[int, Any] = dict(hf.added_tokens_decoder)
+        self.is_added_V = np.zeros(max([self.vocab_size, *(index + 1 for index in self.added)]), bool)
+        self.is_added_V[list(self.added)] = True
+        self.structures: dict[str, Any] = {}  # what encode.py found out about the template
         self.end_of_turn_id = end_of_turn(self) if self.template else None
-        self.text_end_ids = {hf.eos_token_id}
+        self._text_end_id = hf.eos_token_id
 
     @property
     def eos_id(self) -> int | None:
@@ -118,8 +119,8 @@ class Tokenizer:
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Ids that end a generated answer: the end of a turn and the end of text."""
-        return tuple(sorted({self.end_of_turn_id, self.eos_id, *self.text_end_ids} - {None}))
+        """Ids that end a generated answer: the end of a turn, and of text in training and in pretraining."""
+        return tuple(sorted({i for i in (self.end_of_turn_id, self.eos_id, self._text_end_id) if i is not None}))
 
     @functools.cached_property
     def plain_backend(self) -> Any:
@@ -130,7 +131,7 @@ class Tokenizer:
         """Ids of text in which no added token is recognised."""
         return self.plain_backend.encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+    def decode(self, ids: Sequence[int] | np.ndarray, skip_special_tokens: bool = False) -> str:
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
 
     @functools.cached_property
@@ -146,7 +147,7 @@ def load_tokenizer(path: str, chat_template: str = "", revision: str | None = No
     """The tokenizer of a folder or hub id, with its own chat template or the one that `chat_template` names.
 
     `chat_template` is a shipped name (chatml, llama3, zephyr) or a file; the tokens that it writes as `<|...|>` and the
-    tokenizer lacks are added, and eos becomes its end-of-turn token, so that an exported model stops where it was taught to.
+    tokenizer lacks are added, and eos becomes its end-of-turn token, so that an exported model stops where it should.
     Raises InputError for a missing tokenizer, and for a missing template with the names available.
     """
     from transformers import AutoTokenizer
@@ -174,12 +175,12 @@ def with_template(hf: Any, chat_template: str = "", where: str = "data.chat_temp
         hf.add_tokens([_special(token) for token in missing])
     if "eos_token" in source and hf.eos_token is None:
         raise InputError(f"{where}: template {chat_template} writes eos_token, and the tokenizer has none; "
-                         f"expected one of {', '.join(sorted(SHIPPED))} that brings its own end of turn, such as chatml")
+                         "expected a template that brings its own end of turn, such as chatml")
     hf.chat_template = source
     tokenizer = Tokenizer(hf, (source, chat_template), missing)
     end = tokenizer.end_of_turn_id
     if end is not None and end != hf.eos_token_id:
-        hf.eos_token = tokenizer.added_flags[end].content
+        hf.eos_token = tokenizer.added[end].content
         tokenizer.template = ChatTemplate(source, chat_template, dict(hf.special_tokens_map))
     return tokenizer
 
@@ -187,8 +188,8 @@ def with_template(hf: Any, chat_template: str = "", where: str = "data.chat_temp
 def require_template(tokenizer: Tokenizer) -> ChatTemplate:
     """The tokenizer's template. Raises InputError with the names available where there is none."""
     if tokenizer.template is None:
-        raise InputError(f"tokenizer {tokenizer.hf.name_or_path or 'given'} has no chat template; set data.chat_template to "
-                         f"one of {', '.join(sorted(SHIPPED))}, or to a file with a Jinja template")
+        raise InputError(f"tokenizer {tokenizer.hf.name_or_path or 'given'} has no chat template; expected "
+                         f"data.chat_template to be one of {', '.join(sorted(SHIPPED))}, or a file with one")
     return tokenizer.template
 
 
@@ -220,14 +221,15 @@ def _special(token: str) -> Any:
 
 
 def _plain_backend(backend: Any) -> Any:
-    """A copy without added tokens. Those that the model's own vocabulary holds too are renamed to what no text contains."""
+    """A copy without added tokens; those that the model's vocabulary holds too get a name that no text contains."""
     from tokenizers import Tokenizer as Backend
 
     state = json.loads(backend.to_str())
     names = {token["content"] for token in state["added_tokens"]}
     state["added_tokens"], state["post_processor"] = [], None
     model = state["model"]
-    hidden = {name: f"\ufdef{index}\ufdef" for index, name in enumerate(sorted(names)) if name != model.get("unk_token")}
+    unknown = model.get("unk_token")
+    hidden = {name: f"\ufdef{index}\ufdef" for index, name in enumerate(sorted(names)) if name != unknown}
     vocab = model["vocab"]
     if isinstance(vocab, dict):
         model["vocab"] = {hidden.get(piece, piece): index for piece, index in vocab.items()}
