@@ -1,0 +1,93 @@
+"""The train step compiled ahead of time for TPUs that are not there: libtpu is a compiler too, and runs on any CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from typing import Any
+
+import jax
+
+from itune.step import TrainStep
+from itune.types import Batch, InputError, TrainState
+
+# libtpu asks the cloud's metadata server, for minutes, what machine it is on, unless it is told
+LIBTPU_SETTINGS = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # compilers do not compete for a device
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on one device, as the compiler counts them. `peak` is what must fit: arguments live while temporaries do.
+
+    `aliased` bytes of the outputs lie in donated arguments. `temporaries` alone is not what comes on top of the
+    arguments: XLA also uses the room of donated ones.
+    """
+
+    arguments: int
+    outputs: int
+    aliased: int
+    temporaries: int
+    code: int
+    peak: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """One program for one device kind: its memory, its optimised HLO text, and what it took to compile (seconds)."""
+
+    memory: Memory
+    text: str
+    seconds: float
+
+
+def topology_devices(name: str) -> list[Any]:
+    """Stand-ins for the devices of a TPU slice such as "v5e:2x2", "v6e:2x4" or "v5p:2x2x1", to build a mesh from.
+
+    Raises InputError where libtpu is missing or does not know the slice.
+    """
+    from jax.experimental import topologies
+
+    for key, value in LIBTPU_SETTINGS.items():
+        os.environ.setdefault(key, value)
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+    except Exception as error:  # jax, the plugin and libtpu each raise their own
+        said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"topology {name!r}: cannot compile for it here ({said}); expected a slice such as v5e:2x2, v6e:2x4 or "
+            "v5p:2x2x1, and libtpu installed (pip install libtpu)"
+        ) from error
+
+
+def compile_step(step: TrainStep, state: TrainState, batch: Batch) -> Compiled:
+    """Compile a train step for the devices that its abstract state and batch lie on; nothing is computed.
+
+    `state` and `batch` are ShapeDtypeStructs with shardings (`itune.step.abstract_state`). Raises InputError when the
+    program does not fit the device.
+    """
+    start = time.perf_counter()
+    lowered = step.lower(state, batch)
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise InputError(f"the step does not fit the device's memory: {str(error).splitlines()[0]}") from error
+    return Compiled(_memory(compiled.memory_analysis()), compiled.as_text(), time.perf_counter() - start)
+
+
+def _memory(analysis: Any) -> Memory:
+    return Memory(
+        arguments=analysis.argument_size_in_bytes,
+        outputs=analysis.output_size_in_bytes,
+        aliased=analysis.alias_size_in_bytes,
+        temporaries=analysis.temp_size_in_bytes,
+        code=analysis.generated_code_size_in_bytes,
+        peak=analysis.peak_memory_in_bytes,
+    )

@@ -1,0 +1,128 @@
+"""The run's own train step, compiled for a TPU slice that is not there. Needs libtpu, which the dev extra installs."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import re
+import types
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from itune.config import load_config
+from itune.plan.compile import compile_step, topology_devices
+from itune.setup_run import make_plan
+from itune.types import InputError
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "make_random_model.py"
+ROWS, LENGTH, CHUNK, DEVICES = 8, 512, 256, 4
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="libtpu is absent (pip install libtpu): no train step was compiled for a TPU",
+)
+
+
+@pytest.fixture(scope="module")
+def model_15m(tmp_path_factory):
+    """The config.json that `make_random_model.py --family qwen3 --size 15m` writes; planning reads no weights."""
+    spec = importlib.util.spec_from_file_location("make_random_model", SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    size = script.parse_size("15m")
+    vocab = script.default_vocab(size)
+    width, layers = script.choose_shape("qwen3", size, vocab, True)
+    folder = tmp_path_factory.mktemp("qwen3-15m")
+    (folder / "config.json").write_text(json.dumps(script.config("qwen3", width, layers, vocab, True, "float32")))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def compiled(model_15m):
+    """(plan, Compiled) of the shipped recipe on v5e:2x2, fully sharded."""
+    values = {
+        "model.path": str(model_15m), "model.compute_dtype": "bfloat16", "train.remat": "full", "loss.chunk": CHUNK,
+        "train.batch_size": ROWS, "data.max_length": LENGTH, "evaluators": (),
+    }  # fmt: skip
+    data = types.SimpleNamespace(
+        tokenizer=types.SimpleNamespace(vocab_size=8192, added_tokens=()),
+        loader=types.SimpleNamespace(total_steps=100),
+        dataset=types.SimpleNamespace(held_out=()),
+    )
+    with jax.default_matmul_precision("default"):  # as in a run; conftest's "highest" is for comparisons on CPU
+        plan = make_plan(load_config("sft", values), data, print, topology_devices("v5e:2x2"))
+        return plan, compile_step(plan.step, plan.state, plan.batch)
+
+
+def _arrays(text):
+    """Every array shape in the compiled program, as tuples of dimensions on one device."""
+    return {tuple(map(int, dims.split(","))) for dims in re.findall(r"\b(?:pred|[a-z]+\d+)\[([\d,]+)\]", text)}
+
+
+@needs_libtpu
+def test_the_step_uses_splash_attention_on_a_tpu(compiled):
+    plan, program = compiled
+    assert {device.device_kind for device in plan.mesh.devices.flat} == {"TPU v5 lite"}
+    assert plan.mesh.shape["fsdp"] == DEVICES
+    assert "splash_mha_fwd_segmented" in program.text
+    assert "splash_mha_dkv_segmented" in program.text
+    squares = [shape for shape in _arrays(program.text) if shape[-2:] == (LENGTH, LENGTH) and len(shape) > 2]
+    assert not squares, "attention scores reach memory"
+
+
+@needs_libtpu
+def test_full_logits_never_exist(compiled):
+    plan, program = compiled
+    vocab = plan.model.config.vocab_size
+    per_entry = {shape: math.prod(shape) // vocab for shape in _arrays(program.text) if vocab in shape}
+    assert per_entry, "no array over the vocabulary was found: the test looks in the wrong place"
+    tokens = ROWS * LENGTH // DEVICES
+    allowed = max(CHUNK, plan.model.config.width)
+    assert allowed < tokens
+    assert max(per_entry.values()) <= allowed, {shape for shape, rows in per_entry.items() if rows > allowed}
+
+
+@needs_libtpu
+def test_memory_holds_no_surprise(compiled):
+    plan, program = compiled
+    memory = program.memory
+    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(plan.state.trainable))
+    state = 12 * parameters / DEVICES  # float32 weights and two moments, shared by all devices
+    assert state <= memory.arguments <= 1.1 * state
+    assert memory.outputs - memory.aliased < 0.01 * state, "the state is not donated: a second copy would be made"
+    gradients, layer_inputs = 4 * parameters, plan.model.config.num_layers * LENGTH * ROWS // DEVICES * plan.model.config.width * 2
+    logits = 3 * CHUNK * plan.model.config.vocab_size * 4
+    assert memory.temporaries < gradients + layer_inputs + logits
+    assert memory.arguments + memory.temporaries <= memory.peak < 200e6
+    print(f"\nv5e:2x2, 15m, {ROWS} x {LENGTH}: {memory}, compiled in {program.seconds:.0f} s")
+
+
+@needs_libtpu
+def test_a_slice_that_does_not_exist_is_refused():
+    with pytest.raises(InputError, match=r"topology 'v5e:3x5'.*expected a slice such as v5e:2x2"):
+        topology_devices("v5e:3x5")
+
+
+def test_without_libtpu_the_message_says_what_to_install(monkeypatch):
+    from jax.experimental import topologies
+
+    def absent(**_):
+        raise RuntimeError("Unknown backend tpu")
+
+    monkeypatch.setattr(topologies, "get_topology_desc", absent)
+    with pytest.raises(InputError, match=r"Unknown backend tpu.*pip install libtpu"):
+        topology_devices("v5e:2x2")
+
+
+def test_a_step_that_does_not_fit_is_bad_input():
+    class Lowered:
+        def compile(self):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory: 19.3G of 15.7G hbm")
+
+    step = types.SimpleNamespace(lower=lambda state, batch: Lowered())
+    with pytest.raises(InputError, match=r"does not fit the device's memory: .*19.3G of 15.7G"):
+        compile_step(step, None, np.zeros(1))
