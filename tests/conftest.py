@@ -23,3 +23,25 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"real instruction data is absent: no folder {folder}; set ITUNE_SHARED_DATA")
     return folder
+
+
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory) -> Path:
+    """A tiny model folder in bfloat16 with a byte tokenizer (any text survives it), without a chat template."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from itune.models import LayerKind, Model, ModelConfig, save_pretrained
+
+    folder = tmp_path_factory.mktemp("base") / "model"
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({letter: index for index, letter in enumerate(letters)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken("<eos>", special=True)])
+    config = ModelConfig(264, 16, 3, 4, 2, 8, 24, (LayerKind(),) * 3, max_length=128, init_std=0.3, qk_norm=True)
+    model = Model(config, "qwen3")
+    save_pretrained(folder, model, model.init(jax.random.key(0)), dtype="bfloat16")
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<eos>").save_pretrained(folder)
+    (folder / "generation_config.json").write_text('{"eos_token_id": 256, "temperature": 0.6}')
+    return folder

@@ -13,28 +13,15 @@ import itune
 from itune import export
 from itune.data.templates import load_tokenizer
 from itune.export import check_target, export_pretrained, proof
-from itune.models import LayerKind, Model, ModelConfig, load_pretrained, save_pretrained
+from itune.models import load_pretrained, save_pretrained
 from itune.types import InputError, RunError
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    """A base model as a hub would give it: byte tokenizer without a chat template, bfloat16 weights, a stray file."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("source") / "base"
-    backend = Tokenizer(models.BPE({char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken("<eos>", special=True)])
-    config = ModelConfig(264, 16, 3, 4, 2, 8, 24, (LayerKind(),) * 3, max_length=128, init_std=0.3, qk_norm=True)
-    model = Model(config, "qwen3")
-    save_pretrained(folder, model, model.init(jax.random.key(0)), dtype="bfloat16")
-    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<eos>").save_pretrained(folder)
-    (folder / "generation_config.json").write_text('{"eos_token_id": 256, "temperature": 0.6}')
-    (folder / "training_args.bin").write_bytes(b"\x80")
-    return folder
+def source(base_folder):
+    """A base model as a hub would give it: no chat template, bfloat16 weights, and a stray file."""
+    (base_folder / "training_args.bin").write_bytes(b"\x80")
+    return base_folder
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,131 @@
+"""The dialogue and the prompts file, on a model that babbles bytes."""
+
+import json
+
+import pytest
+
+from itune import chat, decode
+from itune.data.templates import load_tokenizer
+from itune.export import export_pretrained
+from itune.models import load_pretrained
+from itune.types import InputError, Message
+
+
+@pytest.fixture(scope="module")
+def chat_folder(base_folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("chat") / "model"
+    tokenizer = load_tokenizer(str(base_folder), "chatml")
+    model, params = load_pretrained(base_folder, vocab_size=tokenizer.vocab_size)
+    export_pretrained(out, model, params, base_folder, tokenizer)
+    return str(out)
+
+
+@pytest.fixture(scope="module")
+def speaker(chat_folder):
+    return chat.load_speaker(chat_folder)
+
+
+def test_every_stop_token_is_known(speaker):
+    assert speaker.tokenizer.end_of_turn_id in speaker.stops and 256 in speaker.stops
+
+
+def test_pieces_make_the_whole_answer(speaker):
+    messages = [Message("user", "Hi")]
+    pieces = list(speaker.stream(messages, 24, 0.0, 0))
+    whole = decode.generate(speaker.model, speaker.params, speaker.tokenizer, [messages], max_new_tokens=24)
+    assert "".join(pieces) == whole[0] and len(pieces) > 3
+
+
+def test_a_dialogue_remembers(speaker, monkeypatch):
+    asked = []
+
+    def stream(self, messages, max_new_tokens, temperature, seed):
+        asked.append([(m.role, m.content) for m in messages])
+        yield from ("well", " then")
+
+    monkeypatch.setattr(chat.Speaker, "stream", stream)
+    dialogue = chat.Dialogue(speaker)
+    assert list(dialogue.answer("one")) == ["well", " then"]
+    list(dialogue.answer("two"))
+    assert asked[1] == [("user", "one"), ("assistant", "well then"), ("user", "two")]
+    assert "set" in next(dialogue.answer("/system Be brief."))
+    list(dialogue.answer("three"))
+    assert asked[2] == [("system", "Be brief."), ("user", "three")]
+    next(dialogue.answer("/reset"))
+    pieces = dialogue.answer("four")
+    next(pieces)
+    pieces.close()  # as Ctrl-C does
+    list(dialogue.answer("five"))
+    assert asked[4][1:] == [("user", "four"), ("assistant", "well"), ("user", "five")]
+
+
+def test_an_unknown_command_is_no_prompt(speaker):
+    dialogue = chat.Dialogue(speaker)
+    assert "did you mean /reset?" in next(dialogue.answer("/rest"))
+    assert dialogue.turns == []
+
+
+def test_what_does_not_fit_is_said_and_forgotten(speaker):
+    dialogue = chat.Dialogue(speaker, max_new_tokens=4)
+    with pytest.raises(InputError, match="the model takes 1 to 127"):
+        list(dialogue.answer("word " * 60))
+    assert dialogue.turns == []
+
+
+def test_the_loop_reads_until_quit(chat_folder, capsys):
+    lines = iter(["", "Hi", "x" * 200, "/quit", "never"])
+    chat.chat(chat_folder, max_new_tokens=8, read=lambda prompt: next(lines))
+    shown = capsys.readouterr().out
+    assert "/reset forgets" in shown and "takes 1 to 127" in shown
+    assert next(lines) == "never"
+    chat.chat(chat_folder, read=_end_of_input)
+
+
+def _end_of_input(prompt):
+    raise EOFError
+
+
+def test_a_model_without_a_template_cannot_chat(base_folder):
+    with pytest.raises(InputError, match="no chat template"):
+        chat.chat(str(base_folder))
+
+
+def test_a_file_of_prompts_is_answered(chat_folder, tmp_path, capsys):
+    (tmp_path / "q.txt").write_text("What is up?\n\nAnd down?\n")
+    result = chat.generate_file(chat_folder, str(tmp_path / "q.txt"), max_new_tokens=8)
+    assert [row["address"][-2:] for row in result["answers"]] == [":1", ":3"]
+    assert "> And down?" in capsys.readouterr().out and result["tokens_per_second"] > 0
+    rows = [{"prompt": "What is up?"}, {"messages": [{"role": "user", "content": "And down?"},
+                                                     {"role": "assistant", "content": "left out"}]}]  # fmt: skip
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    again = chat.generate_file(
+        chat_folder, str(tmp_path / "q.jsonl"), max_new_tokens=8, out=str(tmp_path / "a" / "answers.jsonl")
+    )
+    assert [row["answer"] for row in again["answers"]] == [row["answer"] for row in result["answers"]]
+    written = [json.loads(line) for line in (tmp_path / "a" / "answers.jsonl").read_text().splitlines()]
+    assert written == again["answers"] and written[1]["messages"][-1]["content"] == "And down?"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("q.txt", "\n \n", r"q.txt: holds no prompt"),
+        ("q.txt", b"\xff", r"q.txt: byte 0 is not UTF-8"),
+        ("q.jsonl", '{"prompt": "a"}\n{"question": "b"}\n', r"q.jsonl:2: neither messages nor a prompt .*question"),
+        ("q.jsonl", '{"messages": [{"role": "usr", "content": "b"}]}', r"q.jsonl:1: messages\[0\].role: .*: user"),
+        ("q.jsonl", '{"messages": [{"role": "assistant", "content": "b"}]}', r"q.jsonl:1: messages: nothing stands"),
+        ("q.jsonl", "{", r"q.jsonl:1: "),
+    ],
+)
+def test_a_bad_file_has_an_address(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InputError, match=message):
+        chat.read_prompts(str(tmp_path / name))
+
+
+def test_a_missing_file_and_a_long_prompt(chat_folder, tmp_path):
+    with pytest.raises(InputError, match="no file"):
+        chat.read_prompts(str(tmp_path / "none.txt"))
+    (tmp_path / "q.txt").write_text("short\n" + "long " * 40)
+    with pytest.raises(InputError, match=r"q.txt:2: \d+ tokens; the model takes fewer than 128"):
+        chat.generate_file(chat_folder, str(tmp_path / "q.txt"))
