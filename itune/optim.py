@@ -158,15 +158,15 @@ def _build(section: Any, schedule: Schedule) -> optax.GradientTransformation:
 
 
 def optimizer_names() -> list[str]:
-    """`adamw` and every optax optimizer that needs nothing but a learning rate."""
+    """`adamw` and every optax optimizer that takes a schedule and needs nothing else."""
     names = {"adamw"}
-    unfit = {"lbfgs", "optimistic_adam"}  # the one evaluates the loss, the other takes no schedule
     for name, build in vars(optax).items():
-        if not inspect.isfunction(build) or name.startswith("scale_by_") or name in unfit:
+        if not inspect.isfunction(build) or name.startswith(("_", "scale_by_")) or name == "lbfgs":  # it needs the loss
             continue
-        known = inspect.signature(build).parameters.values()
-        needed = {p.name for p in known if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
-        if needed <= {"learning_rate"} and any(p.name == "learning_rate" for p in known):
+        known = inspect.signature(build).parameters
+        needed = {p.name for p in known.values() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
+        rate = known.get("learning_rate")
+        if rate is not None and needed <= {"learning_rate"} and "Callable" in str(rate.annotation):
             names.add(name)
     return sorted(names)
 

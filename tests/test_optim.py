@@ -32,7 +32,7 @@ T = 23
 def test_schedule_equals_transformers(ours, theirs, settings, warmup):
     steps = {0.0: 0, 5.0: 5, 0.1: 3}[warmup]
     torch_optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=3e-4)
-    scheduler = transformers.get_scheduler(theirs, torch_optimizer, steps, T, scheduler_specific_kwargs=settings or None)
+    scheduler = transformers.get_scheduler(theirs, torch_optimizer, steps, T, settings or None)
     wanted = []
     for _ in range(T):
         wanted.append(np.float32(scheduler.get_last_lr()[0]))
@@ -88,7 +88,8 @@ def test_adamw_and_clipping_equal_torch_over_ten_steps():
 
     state, rng = optimizer.init(params), np.random.default_rng(1)
     for step in range(10):
-        gradients = jax.tree.map(lambda p: rng.normal(size=p.shape).astype(np.float32) * 10 ** -(step % 3), params)
+        size = 10.0 ** -(step % 3)
+        gradients = jax.tree.map(lambda p, size=size: (size * rng.normal(size=p.shape)).astype(np.float32), params)
         params, state, norm = update(params, state, gradients)
         for leaf, gradient in zip(leaves, jax.tree.leaves(gradients)):
             leaf.grad = torch.tensor(gradient)
@@ -121,7 +122,8 @@ def test_moment_dtypes():
 
 def test_sgd_decays_as_torch_does():
     params = {"kernel": jnp.array([1.0, -2.0]), "bias": jnp.array([1.0])}
-    section = OptimizerSection(name="sgd", learning_rate=0.5, schedule="constant", weight_decay=0.1, options={"momentum": 0.9})
+    settings = {"learning_rate": 0.5, "schedule": "constant", "weight_decay": 0.1, "options": {"momentum": 0.9}}
+    section = OptimizerSection(name="sgd", **settings)
     optimizer = optim.make_optimizer(section, 5)
     state = optimizer.init(params)
     leaf = torch.tensor([1.0, -2.0], requires_grad=True)
@@ -159,8 +161,9 @@ def test_optimizers_by_name_descend(name):
         ({"name": "sgd", "options": {"momentun": 0.9}}, "'momentun'; nearest: momentum"),
         ({"options": {"nesterovv": True}}, "'adamw' has no setting 'nesterovv'"),
         ({"name": "sgd", "b2": 0.95}, "'sgd' has no setting 'b2'"),
-        ({"name": "sm3", "weight_decay": 0.1}, "'sm3' has no setting 'weight_decay'"),
-        ({"name": "sm3", "moment_dtype": "bfloat16"}, "'sm3' has no setting 'moment_dtype'"),
+        ({"name": "sm3"}, "is no optimizer"),  # optax gives it no schedule
+        ({"name": "adagrad", "weight_decay": 0.1}, "'adagrad' has no setting 'weight_decay'"),
+        ({"name": "adagrad", "moment_dtype": "bfloat16"}, "'adagrad' has no setting 'moment_dtype'"),
         ({"name": "sgd", "options": {"momentum": "much"}}, "'sgd' does not accept.*much"),
     ],
 )
