@@ -113,9 +113,7 @@ class Model:
     def _decoder(self) -> Decoder:
         return Decoder(
             self.config,
-            Settings(
-                self.compute_dtype, self.param_dtype, self.attention, self.remat, self.mesh, self.max_segments
-            ),
+            Settings(self.compute_dtype, self.param_dtype, self.attention, self.remat, self.mesh, self.max_segments),
         )
 
     def _init(self, rng: jax.Array) -> Any:
@@ -137,7 +135,7 @@ def forward(
 
 @functools.lru_cache(maxsize=64)
 def _abstract_params(model: Model) -> Any:
-    return jax.eval_shape(model._init, jax.random.key(0))
+    return jax.eval_shape(model._init, jax.eval_shape(lambda: jax.random.key(0)))
 
 
 def _axes(path: tuple, leaf: jax.ShapeDtypeStruct) -> tuple[str, ...]:

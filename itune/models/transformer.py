@@ -139,7 +139,12 @@ class Decoder(nn.Module):
         context = make_context(c, s, segments_BL, positions_BL, cache)
         period, repeats = layer_plan(c.kinds)
         scanned = nn.scan(
-            Block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(0, nn.broadcast), length=repeats
+            Block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast),
+            length=repeats,
+            check_constancy_invariants=False,  # nothing is broadcast out of the scan: saves tracing the block twice
         )
         blocks = scanned(c, c.kinds[:period], s, name="blocks")
         hidden_BLD, blocks_cache = blocks(hidden_BLD, None if cache is None else cache["blocks"], context)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,20 +39,13 @@ def make_model() -> Callable[..., Model]:
     return make
 
 
-@pytest.fixture
-def checkpoint(tmp_path: Path, make_model: Callable[..., Model]) -> Callable[..., Path]:
-    """checkpoint(config fields ..., hf={...}, shard=bytes) -> a folder with random weights; `hf` edits config.json."""
-
-    def make(*, name: str = "model", hf: dict[str, Any] | None = None, shard: float = 5e9, **changes: Any) -> Path:
-        model = make_model(**changes)
-        folder = tmp_path / name
-        save_pretrained(folder, model, model.init(jax.random.key(1)), max_shard_bytes=shard)
-        if hf:
-            config = json.loads((folder / "config.json").read_text())
-            (folder / "config.json").write_text(json.dumps(config | hf))
-        return folder
-
-    return make
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., Model]) -> Path:
+    """A small Llama checkpoint with random weights. Tests that change it copy it first."""
+    folder = tmp_path_factory.mktemp("base") / "model"
+    model = make_model()
+    save_pretrained(folder, model, model.init(jax.random.key(1)))
+    return folder
 
 
 @pytest.fixture
@@ -61,6 +53,8 @@ def judge(tmp_path: Path) -> Callable[..., tuple[Path, Any]]:
     """judge(config of transformers, seed) -> (folder, torch model): random weights, every one of them in use."""
     import torch
     from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(1)  # the models are tiny: a second thread only spins
 
     def make(config: Any, seed: int = 0, dtype: Any = torch.float32, **save: Any) -> tuple[Path, Any]:
         torch.manual_seed(seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 from itune.models.architecture import LayerKind, ModelConfig, Rope
 from itune.models.layers import ACTIVATIONS
 from itune.types import InputError
+
+log = logging.getLogger("itune")
 
 # our parameter -> tensor of the checkpoint, for models laid out as Llama is
 LLAMA_WEIGHTS: dict[str, str] = {
@@ -136,7 +139,15 @@ def write_rope(rope: Rope) -> dict[str, Any]:
     return fields
 
 
-def read_kinds(hf: Fields, rope: Rope, window: int | None, first_windowed: int) -> tuple[LayerKind, ...]:
+def read_uniform_kinds(hf: Fields, rope: Rope, window: int | None) -> tuple[LayerKind, ...]:
+    """The same kind for every layer; `layer_types` that say otherwise are an error."""
+    kinds = (LayerKind(window, rope),) * hf.count("num_hidden_layers")
+    if "layer_types" in hf and read_mixed_kinds(hf, rope, window, 0) != kinds:
+        raise InputError(f"{hf.where}: layer_types: found different layers; expected one kind of layer in this family")
+    return kinds
+
+
+def read_mixed_kinds(hf: Fields, rope: Rope, window: int | None, first_windowed: int) -> tuple[LayerKind, ...]:
     """One kind a layer: from `layer_types` where the config has it, else the window holds from `first_windowed` on."""
     layers = hf.count("num_hidden_layers")
     types = hf.get("layer_types", list, None)
@@ -159,6 +170,10 @@ def read_shared(hf: Fields, *, kv_heads: int | None, head_dim: int | None) -> di
     activation = hf.get("hidden_act", str, "silu")
     if activation not in ACTIVATIONS:
         raise InputError(f"{hf.where}: hidden_act {activation!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
+    if hf.get("attention_dropout", float, 0.0):
+        log.warning(
+            "%s: attention_dropout %s is not applied; training runs without it", hf.where, hf.hf["attention_dropout"]
+        )
     width, heads = hf.count("hidden_size"), hf.count("num_attention_heads")
     if head_dim is None and "head_dim" not in hf and width % heads:
         raise InputError(

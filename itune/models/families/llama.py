@@ -9,9 +9,9 @@ from itune.models.families.common import (
     LLAMA_WEIGHTS,
     OLD_ROTARY,
     Fields,
-    read_kinds,
     read_rope,
     read_shared,
+    read_uniform_kinds,
     write_shared,
 )
 
@@ -23,7 +23,7 @@ def config_from_hf(hf: Fields) -> ModelConfig:
     bias = hf.get("attention_bias", bool, False)
     return ModelConfig(
         **read_shared(hf, kv_heads=None, head_dim=None),
-        kinds=read_kinds(hf, read_rope(hf), window=None, first_windowed=0),
+        kinds=read_uniform_kinds(hf, read_rope(hf), window=None),
         qkv_bias=bias,
         out_bias=bias,
         mlp_bias=hf.get("mlp_bias", bool, False),

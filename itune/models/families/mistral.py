@@ -9,9 +9,9 @@ from itune.models.families.common import (
     LLAMA_WEIGHTS,
     OLD_ROTARY,
     Fields,
-    read_kinds,
     read_rope,
     read_shared,
+    read_uniform_kinds,
     write_shared,
 )
 
@@ -24,7 +24,7 @@ def config_from_hf(hf: Fields) -> ModelConfig:
     window = hf.get("sliding_window", int, None) if "sliding_window" in hf.hf else 4096
     return ModelConfig(
         **read_shared(hf, kv_heads=8, head_dim=None),
-        kinds=read_kinds(hf, read_rope(hf), window=window, first_windowed=0),
+        kinds=read_uniform_kinds(hf, read_rope(hf), window),
     )
 
 

@@ -9,7 +9,7 @@ from itune.models.families.common import (
     LLAMA_WEIGHTS,
     OLD_ROTARY,
     Fields,
-    read_kinds,
+    read_mixed_kinds,
     read_rope,
     read_shared,
     write_shared,
@@ -26,7 +26,7 @@ def config_from_hf(hf: Fields) -> ModelConfig:
     bias = hf.get("attention_bias", bool, False)
     return ModelConfig(
         **read_shared(hf, kv_heads=32, head_dim=128),
-        kinds=read_kinds(hf, read_rope(hf), window, first_windowed),
+        kinds=read_mixed_kinds(hf, read_rope(hf), window, first_windowed),
         qkv_bias=bias,
         out_bias=bias,
         qk_norm=True,

@@ -99,7 +99,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
         raise InputError(f"{folder}: no config.json; expected a Hugging Face model folder, found {found}")
-    hf = read_json(file)
+    hf = read_json(_inside(folder, file.name, folder))
     if hf.get("quantization_config"):
         method = hf["quantization_config"].get("quant_method", "unknown method")
         raise InputError(f"{file}: the weights are quantized ({method}); expected float32, bfloat16 or float16 weights")
@@ -109,7 +109,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 def weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
     """The safetensors files of a folder, and the index (tensor -> file name) of a sharded one."""
     if (folder / INDEX).exists():
-        index = read_json(folder / INDEX).get("weight_map")
+        index = read_json(_inside(folder, INDEX, folder)).get("weight_map")
         if not isinstance(index, dict) or not all(isinstance(v, str) for v in index.values()):
             raise InputError(f"{folder / INDEX}: expected an object weight_map of tensor -> file name")
         files = [_inside(folder, name, folder / INDEX) for name in sorted(set(index.values()))]

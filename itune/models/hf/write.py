@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from itune.models.families import FAMILIES
+from itune.models.families.common import Fields
 from itune.models.hf.files import DTYPES, INDEX, SINGLE, Tensor, find_folder, read_config
 from itune.models.hf.plan import EMBEDDING, Plan, leaf_paths, make_plan, tensor_names
 from itune.models.model import Model
@@ -49,7 +50,7 @@ def save_pretrained(
         raise InputError(f"{folder}: exists and is not empty; expected a new folder")
     origin = None if source is None else find_folder(source, revision)
     hf = None if origin is None else read_config(origin)
-    plan = None if origin is None or hf is None else make_plan(origin, model, int(hf["vocab_size"]))
+    plan = None if origin is None or hf is None else make_plan(origin, model, _vocab(origin, hf))
     outputs = _outputs(model, params, plan, dtype)
     shards = _shards(outputs, max_shard_bytes)
     with _whole(folder) as staging:
@@ -62,6 +63,10 @@ def save_pretrained(
             unchanged = origin is not None and config == hf
             text = (origin / "config.json").read_bytes() if origin and unchanged else _json(config)
             _write_file(staging / "config.json", text)
+
+
+def _vocab(origin: Path, hf: dict[str, Any]) -> int:
+    return Fields(hf, str(origin / "config.json")).count("vocab_size")
 
 
 class Output:
