@@ -22,7 +22,7 @@ from itune.progress import Meter, Progress
 from itune.report import write_report
 from itune.runtime import distributed
 from itune.runtime.compilation import use_compilation_cache, use_deterministic_kernels
-from itune.runtime.crash import write_crash
+from itune.runtime.crash import shown_to, write_crash
 from itune.runtime.environment import environment, memory_in_use, process_age
 from itune.runtime.lock import RunLock
 from itune.runtime.profiler import Profiler
@@ -68,14 +68,15 @@ def train(config: Config, workdir: str | Path, *, on_step: OnStep | None = None)
     with RunLock(folder) if first else contextlib.nullcontext(), StopRequest() as stop:
         run = Run(config, folder, stop, on_step)
         try:
-            return run.run()
+            with shown_to(run.log):
+                return run.run()
         except (InputError, KeyboardInterrupt):
             raise
         except Exception as error:
             path = write_crash(folder, error, run.facts()) if first else folder
             if isinstance(error, RunError):
                 raise RunError(f"{error} (details: {path})") from error
-            raise RunError(f"failed after step {run.done}: {_first_line(error)} (details: {path})") from error
+            raise RunError(f"failed after step {run.done}: {_explained(error)} (details: {path})") from error
         finally:
             run.close()
 
@@ -105,7 +106,7 @@ class Run:
     def run(self) -> Result:
         (self.workdir / "crash.json").unlink(missing_ok=True)
         self.store.open()
-        saved = None
+        saved, logged = None, read_metrics(self.workdir / "metrics.jsonl")
         if (step := self.store.newest_good()) is not None:
             saved = self.store.read(step)
             check_resume(self.workdir, saved, self.config, None, self.log)
@@ -118,10 +119,13 @@ class Run:
             self.done = self.saved_step = saved.step
             self.judged[self.done] = set(self._evaluation(self.done))
             self.store.set_aside_after(saved.step)
-            self.metrics = (read_metrics(self.workdir / "metrics.jsonl") or [{}])[-1]
+            self.metrics = next((r for r in reversed(logged) if r["step"] <= self.done), {})
             if self.done == self.total and not self._unjudged():
-                self.log("this run is finished; to go on, raise train.epochs or train.max_steps")
-                return self._finish()
+                return self._finished_before()
+            if (mesh := saved.data["mesh"]) != plan.mesh.shape:
+                self.log(f"resumed on another mesh, {_sizes(mesh)} -> {_sizes(plan.mesh.shape)} (changes by rounding)")
+        elif logged:
+            self.log(f"{self.workdir} holds a run without a checkpoint: it starts again from the beginning")
         self.store.check_space(plan.state)
         self._write_facts()
         state, compiled = self._start_state(resumed=saved is not None)
@@ -222,7 +226,7 @@ class Run:
 
     def _save(self, state: Any) -> None:
         data = {"fingerprint": self.data.loader.fingerprint, "step": self.done, "total_steps": self.total,
-                "seed": self.config.seed}
+                "seed": self.config.seed, "mesh": dict(self.plan.mesh.shape), "processes": jax.process_count()}
         self.store.save(self.done, state, data=data, config=self.config.to_dict())
         self.saved_step = self.done
 
@@ -260,6 +264,12 @@ class Run:
             write_atomically(self.workdir / "summary.json", json.dumps(summary, indent=1) + "\n")
             write_report(self.workdir)
         return Result(self.workdir, self.done, self.total, self.metrics, summary, preempted)
+
+    def _finished_before(self) -> Result:
+        self.log(f"{self.workdir} is finished with {self.total} steps; to go on, raise train.epochs or train.max_steps")
+        path = self.workdir / "summary.json"
+        summary = json.loads(path.read_text()) if path.is_file() else self.summary(False)
+        return Result(self.workdir, self.done, self.total, self.metrics, summary)
 
     def _unjudged(self) -> list[str]:
         """The evaluators that have no result at this step yet. Kept in memory: processes must not differ about it."""
@@ -321,6 +331,14 @@ def _shown(summary: Mapping[str, Any], most: int = 4) -> str:
     return ", ".join(numbers[:most])
 
 
-def _first_line(error: BaseException) -> str:
+def _sizes(shape: Mapping[str, int]) -> str:
+    return " x ".join(f"{axis}={size}" for axis, size in shape.items() if size > 1) or "one device"
+
+
+def _explained(error: BaseException) -> str:
+    """The first line of an error of some library; for a device that is out of memory, what helps."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    if "RESOURCE_EXHAUSTED" in text:
+        return ("out of device memory: raise train.accumulation or lower train.batch_size, set train.remat=full, or "
+                f"give mesh.fsdp more devices ({text[:300]})")
     return f"{type(error).__name__}: {text}"[:400]

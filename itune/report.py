@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from itune.evaluators import flatten
 from itune.types import InputError
 from itune.writers import read_metrics, write_atomically
 
@@ -55,17 +56,6 @@ def read_evaluations(folder: Path) -> list[tuple[int, dict[str, float]]]:
         if path.parent.name.isdecimal():
             found.append((int(path.parent.name), flatten(json.loads(path.read_text()))))
     return sorted(found, key=lambda item: item[0])
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """Nested numbers -> {"a/b": number}; anything else is left out."""
-    flat: dict[str, float] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{prefix}{name}/"))
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            flat[f"{prefix}{name}"] = value
-    return flat
 
 
 def loss_curve(train: Sequence[Point], held: Sequence[Point], width: int = 800, height: int = 300) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,14 +70,17 @@ def prepare_data(config: Config, log: Log) -> Data:
     return Data(tokenizer, dataset, loader)
 
 
-def make_plan(config: Config, data: Data, log: Log) -> Plan:
-    """Mesh, model, optimizer and step of a run. Raises InputError for whatever does not fit; no weight is read."""
+def make_plan(config: Config, data: Data, log: Log, devices: Sequence[Any] | None = None) -> Plan:
+    """Mesh, model, optimizer and step of a run. Raises InputError for whatever does not fit; no weight is read.
+
+    `devices`: what to plan for, this machine's by default; they need not be there (`itune.plan.compile`).
+    """
     for name in ("lora.rank", "compat"):
         section, _, key = name.rpartition(".")
         if value := getattr(getattr(config, section) if section else config, key):
             raise InputError(f"config: {name}={value!r} is not supported by this version; leave it out")
     check_evaluators(config, data.dataset)
-    mesh = make_mesh(dataclasses.asdict(config.mesh))
+    mesh = make_mesh(dataclasses.asdict(config.mesh), devices)
     shape = (config.train.batch_size, config.data.max_length)
     dtypes = [np.float32 if name == "loss_weights_BL" else np.int32 for name in Batch._fields]
     batch = Batch(*(jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh)) for dtype in dtypes))

@@ -19,7 +19,9 @@ from itune.checkpoint import Store
 from itune.cli import main
 from itune.config import Config, from_dict
 from itune.loop import Result, train
+from itune.runtime.crash import shown_to
 from itune.saved_run import evaluate_saved, load_run
+from itune.setup_run import load_weights, make_plan, prepare_data
 from itune.step import init_state
 from itune.types import InputError, RunError
 from itune.writers import read_metrics
@@ -183,15 +185,18 @@ def test_resume_on_another_mesh_is_allowed_and_close(inputs, whole, copy, capsys
     for name in ("12", "8"):
         shutil.rmtree(copy / "checkpoints" / name)
     train(settings(inputs, mesh={"data": 2, "fsdp": 2, "tensor": 2}), copy)
-    assert "resumed with a change: mesh.tensor: 1 there, 2 here (results change by rounding)" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "resumed with a change: mesh.tensor: 1 there, 2 here (results change by rounding)" in out
+    assert "resumed on another mesh, fsdp=8 -> data=2 x fsdp=2 x tensor=2" in out
     losses = [[record["loss"] for record in read_metrics(folder / "metrics.jsonl")] for folder in (whole.workdir, copy)]
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
 
 
-def test_finished_run_stays_and_can_be_extended(inputs, copy, capsys):
+def test_finished_run_stays_and_can_be_extended(inputs, whole, copy, capsys):
     before = (copy / "metrics.jsonl").read_text()
     again = train(settings(inputs), copy)
-    assert "this run is finished" in capsys.readouterr().out
+    assert "is finished with 12 steps; to go on, raise train.epochs or train.max_steps" in capsys.readouterr().out
+    assert again.summary == whole.summary
     assert again.step == STEPS and (copy / "metrics.jsonl").read_text() == before and again.metrics["loss"]
     longer = train(settings(inputs, train__max_steps=14), copy)
     assert "extended from 12 to 14 steps" in capsys.readouterr().out
@@ -200,7 +205,7 @@ def test_finished_run_stays_and_can_be_extended(inputs, copy, capsys):
 
 
 def test_another_config_or_other_data_is_refused_field_by_field(inputs, copy, tmp_path):
-    with pytest.raises(InputError, match=r"workdir of a different config:\n  optimizer\.learning_rate: 0\.004 there, 0\.01"):
+    with pytest.raises(InputError, match=r"workdir of a different config:\n  optimizer\.learning_rate: 0\.004 there"):
         train(settings(inputs, optimizer__learning_rate=0.01), copy)
     with pytest.raises(InputError, match=r"train\.max_steps: 12 there, 6 here \(may only grow\)"):
         train(settings(inputs, train__max_steps=6), copy)
@@ -227,7 +232,7 @@ def test_loss_that_is_not_finite_ends_the_run_and_is_never_saved(inputs, tmp_pat
         return state.replace(trainable=jax.tree.map(lambda x: x * np.nan, state.trainable))
 
     monkeypatch.setattr("itune.loop.init_state", poisoned)
-    with pytest.raises(RunError, match=r"step 1: loss nan, .* not finite\. Its batch holds \d+ examples: .*rows\.jsonl:\d+"):
+    with pytest.raises(RunError, match=r"step 1: loss nan, .* not finite\. Its batch holds \d+ examples: .*jsonl:\d+"):
         train(settings(inputs, evaluators=()), tmp_path / "run")
     store = Store(tmp_path / "run" / "checkpoints")
     assert store.steps() == []
@@ -298,3 +303,30 @@ def test_preempted_command_leaves_with_143(whole, tmp_path, monkeypatch):
     monkeypatch.setattr(itune.loop, "train", train_and_stop)
     assert main(["train", "--config", str(whole.workdir / "config.json"), "--workdir", str(tmp_path / "run")]) == 143
     assert 1 <= Store(tmp_path / "run" / "checkpoints").latest() <= 3
+
+
+def test_template_that_adds_tokens_grows_the_embedding_and_says_so(inputs, tmp_path):
+    model = Path(shutil.copytree(inputs / "model", tmp_path / "model"))
+    tokenizer = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps({**tokenizer, "chat_template": None}))
+    plain = settings(inputs, model={"path": str(model)})
+    with pytest.raises(InputError, match="no chat template"):
+        train(plain, tmp_path / "run")
+    config = settings(inputs, model={"path": str(model)}, data={**plain.to_dict()["data"], "chat_template": "zephyr"})
+    lines = []
+    data = prepare_data(config, lines.append)
+    plan = make_plan(config, data, lines.append)
+    with shown_to(lines.append):
+        embedding = load_weights(plan, data, lines.append)["embed"]["embedding"]
+    assert embedding.shape[0] == plan.model.config.vocab_size == 323
+    np.testing.assert_allclose(embedding[320:], np.tile(embedding[:320].mean(0), (3, 1)), atol=1e-7)
+    assert any("3 rows added to the 320 of the checkpoint" in line for line in lines)
+
+
+def test_out_of_device_memory_says_what_helps(inputs, tmp_path, monkeypatch):
+    def full(*given):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes")
+
+    monkeypatch.setattr("itune.loop.init_state", full)
+    with pytest.raises(RunError, match=r"out of device memory: raise train\.accumulation .*trying to allocate 9 bytes"):
+        train(settings(inputs), tmp_path / "run")

@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from itune.report import flatten, loss_curve, read_evaluations, ticks, write_report
+from itune.report import loss_curve, read_evaluations, ticks, write_report
 from itune.types import InputError
 from itune.writers import write_atomically
 
@@ -55,7 +55,6 @@ def test_ticks_are_round_and_inside():
 
 def test_evaluations_are_flat_and_ordered(run):
     assert read_evaluations(run)[1] == (10, {"heldout_loss/loss": 2.0, "heldout_loss/by_category/math": 3.0})
-    assert flatten({"a": True, "b": {"c": 1}, "d": "x"}) == {"b/c": 1}
 
 
 def test_another_folder_is_refused(tmp_path):

@@ -1,16 +1,36 @@
-"""What is left behind when a run fails: `crash.json`."""
+"""What a run says: library messages where the user sees them, and `crash.json` when it fails."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from itune.runtime.secrets import redact
 from itune.writers import write_atomically
+
+
+@contextlib.contextmanager
+def shown_to(log: Callable[[str], None]) -> Iterator[None]:
+    """Pass what the package's modules report to Python's `logging` (a grown embedding, a slower path) on to `log`."""
+    logger = logging.getLogger("itune")
+    handler = logging.Handler()
+    handler.emit = lambda record: log(record.getMessage())  # type: ignore[method-assign]
+    level, propagate = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
 
 
 def write_crash(workdir: Path, error: BaseException, facts: Mapping[str, Any]) -> Path:
