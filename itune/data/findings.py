@@ -1,7 +1,7 @@
 """What a filter found: one record a row and reason, with addresses, and the file of what was removed.
 
-Filters never delete. They return findings; the caller decides by action what to drop, and writes every dropped row with its
-reasons to `rejects.jsonl`.
+Filters never delete. They return findings; the caller decides by action what to drop, and writes every dropped row with
+its reasons to `rejects.jsonl`.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def write_rejects(
             row = conversations[index]
             messages = [{"role": m.role, "content": privacy.redact(m.content)} for m in row.messages]
             record = {"address": str(row.address), "reasons": reasons.get(index, []), "messages": messages}
-            record["metadata"] = {key: str(value) for key, value in row.metadata.items()}
+            record["metadata"] = {key: privacy.redact(str(value)) for key, value in row.metadata.items()}
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
     os.replace(partial, target)
     return len(rows)

@@ -1,7 +1,7 @@
 """Meaning-preserving edits of a text, for planting: case and spacing, wrappers, and light paraphrases.
 
-Each takes the text and a numpy Generator. Numbers, quoted spans and lines that look like code or data stay as they are, so
-that the edited text asks for the same thing.
+Each takes the text and a numpy Generator. Numbers and quoted spans stay as they are, so that the edited text asks for
+the same thing.
 """
 
 from __future__ import annotations
@@ -25,21 +25,19 @@ WRAPPERS = (
     "You are a helpful assistant. {}",
 )
 
-SYNONYMS = {
-    "write": "compose", "create": "produce", "make": "build", "give": "provide", "find": "determine", "list": "enumerate",
-    "tell": "inform", "show": "display", "explain": "describe", "describe": "explain", "suggest": "propose",
-    "big": "large", "large": "big", "small": "little", "buy": "purchase", "bought": "purchased", "begin": "start",
-    "start": "begin", "choose": "select", "select": "choose", "pick": "choose", "help": "assist", "get": "obtain",
-    "need": "require", "needs": "requires", "use": "employ", "using": "employing", "many": "numerous", "important":
-    "significant", "quick": "fast", "fast": "quick", "happy": "glad", "good": "fine", "story": "tale", "movie": "film",
-    "film": "movie", "people": "persons", "kids": "children", "children": "kids", "each": "every", "every": "each",
-    "also": "additionally", "but": "however", "because": "since", "however": "but", "about": "regarding", "following":
-    "below", "given": "provided", "correct": "right", "answer": "reply", "sentence": "phrase", "text": "passage",
-    "passage": "text", "paragraph": "passage", "article": "piece", "summarize": "condense", "generate": "produce",
-    "rewrite": "rephrase", "identify": "recognise", "determine": "establish", "total": "overall", "house": "home",
-    "home": "house", "gets": "obtains", "says": "states", "said": "stated", "wants": "wishes", "want": "wish",
-    "whole": "entire", "often": "frequently", "rest": "remainder", "received": "got", "costs": "is priced at",
-}
+_PAIRS = """
+write=compose create=produce make=build give=provide find=determine list=enumerate tell=inform show=display
+explain=describe describe=explain suggest=propose big=large large=big small=little buy=purchase bought=purchased
+begin=start start=begin choose=select select=choose pick=choose help=assist get=obtain need=require
+needs=requires use=employ using=employing many=numerous important=significant quick=fast fast=quick happy=glad
+good=fine story=tale movie=film film=movie people=persons kids=children children=kids each=every every=each
+also=additionally but=however because=since however=but about=regarding following=below given=provided
+correct=right answer=reply sentence=phrase text=passage passage=text paragraph=passage article=piece
+summarize=condense generate=produce rewrite=rephrase identify=recognise determine=establish total=overall
+house=home home=house gets=obtains says=states said=stated wants=wishes want=wish whole=entire often=frequently
+rest=remainder received=got costs=is_priced_at
+"""
+SYNONYMS = dict(pair.replace("_", " ").split("=") for pair in _PAIRS.split())
 
 _ARTICLE = re.compile(r"\b(the|a|an) ", re.I)
 _WORD = re.compile(r"[A-Za-z]+")

@@ -1,8 +1,8 @@
 """Similarity of texts by hashed character n-grams: sparse TF-IDF vectors, and the matches between two sets of texts.
 
-n-grams of 3 to 5 characters inside words, padded with a space on both sides (scikit-learn's `char_wb`), hashed into 2**20
-buckets, weighted by term frequency times smoothed inverse document frequency, scaled to length 1. Candidates are found
-with a signed random projection (count sketch, Charikar, Chen, Farach-Colton 2002), whose error at width 2048 has a
+n-grams of 3 to 5 characters inside words, padded with a space on both sides (scikit-learn's `char_wb`), hashed into
+2**20 buckets, weighted by term frequency times rarity, scaled to length 1. Candidates are found with a signed random
+projection (count sketch, Charikar, Chen, Farach-Colton 2002), whose error at width 2048 has a
 standard deviation of at most 0.03; every candidate's cosine is then computed exactly.
 """
 
@@ -42,6 +42,13 @@ class Ragged:
 
     def row(self, index: int) -> np.ndarray:
         return self.ids[self.offsets[index] : self.offsets[index + 1]]
+
+    def take(self, rows: np.ndarray) -> Ragged:
+        """The given rows, in their order."""
+        lengths = np.diff(self.offsets)[rows]
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        source = np.repeat(self.offsets[rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
+        return Ragged(self.ids[source], offsets)
 
     @property
     def rows(self) -> np.ndarray:
@@ -105,14 +112,17 @@ def document_frequency(matrix: Any) -> np.ndarray:
 
 
 def weighted(matrix: Any, frequency: np.ndarray, documents: int) -> Any:
-    """Counts -> TF-IDF rows of length 1: tf * (ln((1 + n) / (1 + df)) + 1)."""
-    idf = (np.log((1 + documents) / (1 + frequency)) + 1).astype(np.float32)
-    values = matrix.data * idf[matrix.indices]
-    squares = np.add.reduceat(np.append(values**2, 0), matrix.indptr[:-1]) if len(values) else np.zeros(matrix.shape[0])
-    lengths = np.diff(matrix.indptr)
-    norm = np.sqrt(np.where(lengths > 0, squares, 1.0)).astype(np.float32)
+    """Counts -> TF-IDF rows of length 1: tf * (ln((1 + n) / (1 + df)) + 0.1) ** 1.5.
+
+    Rarity counts more than in the usual formula, so that rows of one template are told apart by what fills it.
+    """
+    idf = ((np.log((1 + documents) / (1 + frequency)) + 0.1) ** 1.5).astype(np.float32)
     scaled = matrix.copy()
-    scaled.data = values / np.repeat(norm, lengths)
+    scaled.data = matrix.data * idf[matrix.indices]
+    lengths = np.diff(matrix.indptr)
+    rows = np.repeat(np.arange(matrix.shape[0]), lengths)
+    norm = np.sqrt(np.bincount(rows, weights=scaled.data.astype(np.float64) ** 2, minlength=matrix.shape[0]))
+    scaled.data /= np.repeat(np.maximum(norm, 1e-12), lengths).astype(np.float32)
     return scaled
 
 
@@ -152,8 +162,8 @@ class Matches:
 def match(queries: Any, base: Any, threshold: float, keep: int = 16) -> Matches:
     """Match the rows of two TF-IDF matrices: cosines of at least `threshold`, and the nearest base row of each query.
 
-    The nearest row is the best, by exact cosine, of the `keep` rows whose projections are nearest. Memory is bounded
-    by blocks of base rows, however many pairs match.
+    The nearest row is the best, by exact cosine, of the `keep` rows whose projections are nearest (none with 0).
+    Memory is bounded by blocks of base rows, however many pairs match.
     """
     n_query, n_base = queries.shape[0], base.shape[0]
     query_of_base, score_of_base = np.full(n_base, -1, np.int64), np.zeros(n_base, np.float32)
@@ -167,18 +177,27 @@ def match(queries: Any, base: Any, threshold: float, keep: int = 16) -> Matches:
         order = order[score[order] >= threshold]
         query_of_base[first + near_base[order]] = near_query[order]  # the last write, the highest score, stays
         score_of_base[first + near_base[order]] = score[order]
-        wide = np.concatenate([top_score, block], axis=1)
-        best = np.argpartition(-wide, keep - 1, axis=1)[:, :keep]
-        rows = np.concatenate([top_row, np.broadcast_to(np.arange(first, first + block.shape[1]), block.shape)], axis=1)
-        top_score, top_row = np.take_along_axis(wide, best, 1), np.take_along_axis(rows, best, 1)
+        if keep:
+            top_score, top_row = _merge_top(top_score, top_row, block, first)
     nearest, nearest_score = _nearest(queries, base, top_row, top_score)
     return Matches(query_of_base, score_of_base, nearest, nearest_score)
+
+
+def _merge_top(
+    top_score: np.ndarray, top_row: np.ndarray, block: np.ndarray, first: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The highest scores and their rows, after one more block of base rows."""
+    keep = top_score.shape[1]
+    wide = np.concatenate([top_score, block], axis=1)
+    rows = np.concatenate([top_row, np.broadcast_to(np.arange(first, first + block.shape[1]), block.shape)], axis=1)
+    best = np.argpartition(-wide, keep - 1, axis=1)[:, :keep]
+    return np.take_along_axis(wide, best, 1), np.take_along_axis(rows, best, 1)
 
 
 def _nearest(queries: Any, base: Any, top_row: np.ndarray, top_score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The row of each query's candidates with the highest exact cosine; -1 and 0 where there is no base row."""
     n_query, keep = top_row.shape
-    if n_query == 0 or base.shape[0] == 0:
+    if n_query == 0 or base.shape[0] == 0 or keep == 0:
         return np.full(n_query, -1, np.int64), np.zeros(n_query, np.float32)
     exact = cosines(queries, np.repeat(np.arange(n_query), keep), base, top_row.ravel()).reshape(n_query, keep)
     exact = np.where(np.isfinite(top_score), exact, -1)

@@ -15,13 +15,18 @@ from itune.types import Conversation
 
 # letters of scripts that are written without spaces between words count as one word each
 _UNSPACED = "\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
-_WORD = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+(?:'[^\W\d_{_UNSPACED}]+)*")
-_NUMBER = re.compile(r"(?<![\w.])[-−]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:e[-+]?\d+)?|(?<![\w.])[-−]?\.\d+", re.I)
+WORD = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+(?:'[^\W\d_{_UNSPACED}]+)*")
+_SIGN = "(?<![\\w.])[-\u2212]?"
+_DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:e[-+]?\d+)?"
+_NUMBER = re.compile(rf"{_SIGN}{_DIGITS}|{_SIGN}\.\d+", re.IGNORECASE)
 _INVISIBLE = dict.fromkeys([0x00AD, 0x200B, 0x200C, 0x200D, 0x2060, 0xFEFF]) | {0x2019: "'", 0x2018: "'"}
 
-_UNITS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
-NUMBER_WORDS = {word: str(value) for value, word in enumerate((_UNITS + " eighteen nineteen twenty").split())} | {
-    word: str(10 * tens) for tens, word in enumerate("thirty forty fifty sixty seventy eighty ninety".split(), start=3)
+_UNITS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety"
+)
+NUMBER_WORDS = {
+    word: str(value if value <= 20 else 10 * (value - 18)) for value, word in enumerate(_UNITS.split())
 }
 
 
@@ -43,7 +48,12 @@ def fold(text: str) -> str:
 
 def words(text: str) -> list[str]:
     """The folded words in order; punctuation is left out, letters of unspaced scripts are one word each."""
-    return _WORD.findall(fold(text))
+    return WORD.findall(fold(text))
+
+
+def spans(folded: str) -> list[tuple[int, int]]:
+    """Where the words of a folded text stand in it: (start, end) of each."""
+    return [found.span() for found in WORD.finditer(folded)]
 
 
 def normalise(text: str) -> str:
@@ -57,7 +67,7 @@ def numbers(text: str) -> list[str]:
 
 
 def _canonical(written: str) -> str:
-    value = float(written.replace(",", "").replace("−", "-"))
+    value = float(written.replace(",", "").replace("\u2212", "-"))
     return str(int(value)) if value.is_integer() and abs(value) < 1e15 else repr(value)
 
 
