@@ -40,11 +40,26 @@ def make_model() -> Callable[..., Model]:
 
 
 @pytest.fixture(scope="session")
-def base_folder(tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., Model]) -> Path:
+def random_params() -> Callable[..., Any]:
+    """random_params(model, seed) -> parameters as NumPy arrays, about 1 for norms, else 0; compiles nothing."""
+
+    def make(model: Model, seed: int = 0) -> Any:
+        rng = np.random.default_rng(seed)
+
+        def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+            return rng.normal(float(path[-1].key == "scale"), 0.3, leaf.shape).astype(leaf.dtype)
+
+        return jax.tree_util.tree_map_with_path(draw, model.abstract_params())
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory: Any, make_model: Callable[..., Model], random_params: Callable[..., Any]) -> Path:
     """A small Llama checkpoint with random weights. Tests that change it copy it first."""
     folder = tmp_path_factory.mktemp("base") / "model"
     model = make_model()
-    save_pretrained(folder, model, model.init(jax.random.key(1)))
+    save_pretrained(folder, model, random_params(model))
     return folder
 
 

@@ -24,9 +24,9 @@ def batch():
 
 
 @pytest.fixture(scope="module")
-def alone(make_model, batch):
+def alone(make_model, random_params, batch):
     model = make_model(**FIELDS)
-    params = model.init(jax.random.key(0))
+    params = random_params(model)
     return params, np.asarray(itune.models.forward(model, params, *batch))
 
 
@@ -34,15 +34,22 @@ def alone(make_model, batch):
 def test_logits_on_a_mesh_equal_one_device(make_model, batch, alone, shape):
     mesh = make_mesh(shape)
     model = make_model(mesh=mesh, **FIELDS)
-    params = model.init(jax.random.key(0))
-    jax.tree.map(np.testing.assert_array_equal, params, alone[0])
-    placed = jax.tree.map(lambda leaf: leaf.sharding, params)
-    assert placed == model.shardings()
+    params = jax.device_put(alone[0], model.shardings())
     tokens_BL, segments_BL = (jax.device_put(x, batch_sharding(mesh)) for x in batch)
     logits = itune.models.forward(model, params, tokens_BL, segments_BL)
     np.testing.assert_allclose(logits, alone[1], atol=2e-5)
-    one_row = itune.models.forward(model, params, batch[0][:1], batch[1][:1])  # a batch that the mesh does not divide
-    np.testing.assert_allclose(one_row, alone[1][:1], atol=2e-5)
+
+
+def test_parameters_are_born_sharded_and_one_row_will_do(make_model):
+    mesh = make_mesh({"fsdp": 2, "tensor": 4})
+    model, plain = make_model(mesh=mesh, num_kv_heads=4), make_model(num_kv_heads=4)
+    params, same = model.init(jax.random.key(0)), plain.init(jax.random.key(0))
+    jax.tree.map(np.testing.assert_array_equal, params, same)
+    assert jax.tree.map(lambda leaf: leaf.sharding, params) == model.shardings()
+    assert {len(leaf.devices()) for leaf in jax.tree.leaves(params)} == {8}
+    row_BL = np.arange(9)[None]  # a batch that the mesh does not divide
+    ours, theirs = itune.models.forward(model, params, row_BL), itune.models.forward(plain, same, row_BL)
+    np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
 def test_a_dimension_that_the_mesh_does_not_divide_is_named(make_model, base_folder):
@@ -58,8 +65,8 @@ def test_a_dimension_that_the_mesh_does_not_divide_is_named(make_model, base_fol
         itune.models.load_pretrained(base_folder, make_mesh({"fsdp": 1, "tensor": 8}), vocab_size=49)
 
 
-def test_remat_changes_no_gradient(make_model, batch):
-    params = make_model(num_layers=2).init(jax.random.key(0))
+def test_remat_changes_no_gradient(make_model, random_params, batch):
+    params = random_params(make_model(num_layers=2))
     gradients, jaxprs = {}, {}
     for policy in ("none", "full", "dots"):
         model = make_model(num_layers=2, remat=policy)
@@ -77,7 +84,7 @@ def test_bfloat16_compute_stays_near_float32(make_model, batch, alone):
     import dataclasses
 
     model = dataclasses.replace(make_model(**FIELDS), compute_dtype="bfloat16")
-    hidden = model.hidden(alone[0], *batch)
+    hidden = jax.jit(model.hidden)(alone[0], *batch)
     assert hidden.dtype == "bfloat16"
     logits = model.logits(alone[0], hidden)
     assert logits.dtype == np.float32

@@ -181,6 +181,7 @@ def test_damaged_files(folder):
         ({"hidden_act": "mish"}, "hidden_act 'mish' is not supported; supported: silu"),
         ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
         ({"head_dim": 7}, "head_dim 7 is odd"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
         ({"head_dim": ..., "num_attention_heads": 3, "num_key_value_heads": 3}, "hidden_size 16 is not a multiple"),
         ({"quantization_config": {"quant_method": "gptq"}}, "the weights are quantized (gptq)"),
         ({"layer_types": ["full_attention"]}, "found 1 layer types for 3 layers"),

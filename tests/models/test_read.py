@@ -34,10 +34,10 @@ class Counter:
 
 
 @pytest.fixture(scope="module")
-def wide(tmp_path_factory, make_model) -> Path:
+def wide(tmp_path_factory, make_model, random_params) -> Path:
     model = make_model(**WIDE)
     folder = tmp_path_factory.mktemp("wide") / "model"
-    itune.models.save_pretrained(folder, model, model.init(jax.random.key(2)))
+    itune.models.save_pretrained(folder, model, random_params(model))
     return folder
 
 

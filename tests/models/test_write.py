@@ -8,7 +8,6 @@ import os
 import shutil
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 import transformers
@@ -64,7 +63,7 @@ def test_load_then_export_is_byte_identical(judge, tmp_path, dtype):
     assert loaded.dtype == getattr(torch, dtype)
 
 
-def test_a_model_of_our_own_is_loaded_by_transformers(make_model, judge_logits, tmp_path):
+def test_a_model_of_our_own_is_loaded_by_transformers(make_model, random_params, judge_logits, tmp_path):
     kinds = (LayerKind(4), LayerKind(None), LayerKind(4))
     for family, fields in {
         "llama": {"mlp_bias": True, "qkv_bias": True, "out_bias": True},
@@ -73,7 +72,7 @@ def test_a_model_of_our_own_is_loaded_by_transformers(make_model, judge_logits, 
         "qwen3": {"kinds": kinds, "qk_norm": True},
     }.items():
         model = make_model(family=family, **fields)
-        params = model.init(jax.random.key(0))
+        params = random_params(model)
         folder = tmp_path / family
         itune.models.save_pretrained(folder, model, params)
         theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
@@ -148,7 +147,7 @@ def test_a_failing_disk_leaves_nothing_behind(base_folder, tmp_path, monkeypatch
     assert os.listdir(tmp_path) == []
 
 
-def test_a_source_of_another_shape_is_refused(base_folder, make_model, tmp_path):
+def test_a_source_of_another_shape_is_refused(base_folder, make_model, random_params, tmp_path):
     model = make_model(mlp_width=32)
     with pytest.raises(InputError, match=r"mlp.up_proj.weight is \[24, 16\], expected \[32, 16\]"):
-        itune.models.save_pretrained(tmp_path / "out", model, model.init(jax.random.key(0)), source=base_folder)
+        itune.models.save_pretrained(tmp_path / "out", model, random_params(model), source=base_folder)

@@ -79,6 +79,9 @@ def read_rope(hf: Fields) -> Rope:
     base = nested.get("rope_theta", float, hf.get("rope_theta", float, 10000.0))
     kind = nested.get("rope_type", str, nested.get("type", str, "default"))
     max_length = hf.get("max_position_embeddings", int, 0)
+    share = nested.get("partial_rotary_factor", float, hf.get("partial_rotary_factor", float, 1.0))
+    if share != 1.0:
+        raise InputError(f"{hf.where}: partial_rotary_factor {share} is not supported for this family; expected 1")
     if kind == "default":
         return Rope(base=base)
     if kind == "linear":

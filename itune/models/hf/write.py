@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
+from jax.experimental import multihost_utils
 
 from itune.models.families import FAMILIES
 from itune.models.families.common import Fields
@@ -63,6 +64,8 @@ def save_pretrained(
             unchanged = origin is not None and config == hf
             text = (origin / "config.json").read_bytes() if origin and unchanged else _json(config)
             _write_file(staging / "config.json", text)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"saved {folder}")  # no host goes on before the folder is there
 
 
 def _vocab(origin: Path, hf: dict[str, Any]) -> int:
@@ -94,8 +97,6 @@ class Output:
         assert self.leaf is not None
         values = _take(self.leaf, self.layer or 0, self.layer is not None, DTYPES[self.dtype].name)
         if not values.is_fully_addressable:
-            from jax.experimental import multihost_utils
-
             values = multihost_utils.process_allgather(values, tiled=True)
         return np.ascontiguousarray(values).reshape(-1).view(np.uint8)
 
