@@ -94,8 +94,9 @@ def test_memory_holds_no_surprise(compiled):
     state = 12 * parameters / DEVICES  # float32 weights and two moments, shared by all devices
     assert state <= memory.arguments <= 1.1 * state
     assert memory.outputs - memory.aliased < 0.01 * state, "the state is not donated: a second copy would be made"
-    gradients, layer_inputs = 4 * parameters, plan.model.config.num_layers * LENGTH * ROWS // DEVICES * plan.model.config.width * 2
-    logits = 3 * CHUNK * plan.model.config.vocab_size * 4
+    config = plan.model.config
+    gradients, layer_inputs = 4 * parameters, 2 * config.num_layers * config.width * LENGTH * ROWS // DEVICES
+    logits = 3 * CHUNK * config.vocab_size * 4
     assert memory.temporaries < gradients + layer_inputs + logits
     assert memory.arguments + memory.temporaries <= memory.peak < 200e6
     print(f"\nv5e:2x2, 15m, {ROWS} x {LENGTH}: {memory}, compiled in {program.seconds:.0f} s")
