@@ -34,13 +34,16 @@ def read_jsonl(file: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def read_json_array(file: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """(item counted from 1, object) of a JSON array of objects, or of JSON Lines that end in `.json`."""
-    with _open(file) as stream:
-        head = _guarded(stream.read, file, 64).removeprefix(BOM).lstrip()
-    if not head.startswith(b"["):
+    try:
+        chunks = _chunks(file)
+        head = next(chunks, b"")
+        lines = not head.removeprefix(BOM).lstrip().startswith(b"[")
+        raw = head if lines else b"".join([head, *chunks])
+    except _Finding as error:
+        raise InputError(f"{file}: {error}") from error
+    if lines:
         yield from read_jsonl(file)
         return
-    with _open(file) as stream:
-        raw = _guarded(stream.read, file)
     skip = len(BOM) if raw.startswith(BOM) else 0
     rows = _parse(_decode(raw[skip:], file, skip), file)
     for item, value in enumerate(rows, start=1):
@@ -49,40 +52,47 @@ def read_json_array(file: str) -> Iterator[tuple[int, dict[str, Any]]]:
         yield item, value
 
 
-def _open(file: str) -> Any:
-    if file.endswith(".gz"):
-        return gzip.open(file, "rb")
-    if file.endswith(".zst"):
-        import zstandard
-
-        return zstandard.open(file, "rb")
-    return open(file, "rb")
-
-
 def _lines(file: str) -> Iterator[bytes]:
-    line = 0
+    line, rest = 1, b""
     try:
-        with _open(file) as stream:
-            rest = b""
-            while chunk := _guarded(stream.read, f"{file}:{line + 1}", 1 << 20):
-                *whole, rest = (rest + chunk).split(b"\n")
-                for raw in whole:
-                    line += 1
-                    yield raw + b"\n"
-            if rest:
-                yield rest
+        for chunk in _chunks(file):
+            *whole, rest = (rest + chunk).split(b"\n")
+            for raw in whole:
+                line += 1
+                yield raw + b"\n"
+    except _Finding as error:
+        raise InputError(f"{file}:{line}: {error}") from error
+    if rest:
+        yield rest
+
+
+def _chunks(file: str) -> Iterator[bytes]:
+    """The bytes of a file, unpacked, a MiB or so at a time. Raises _Finding for a damaged or cut archive."""
+    try:
+        with gzip.open(file, "rb") if file.endswith(".gz") else open(file, "rb") as stream:
+            packed = iter(lambda: stream.read(1 << 20), b"")
+            yield from _unzstd(packed) if file.endswith(".zst") else packed
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise _Finding(f"the archive is damaged or cut short ({error}); expected a complete file") from error
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {error}") from error
 
 
-def _guarded(read: Any, where: str, *arguments: int) -> bytes:
-    """`read`, with a damaged archive as an InputError."""
-    try:
-        return read(*arguments)
-    except Exception as error:
-        if not isinstance(error, EOFError | zlib.error | gzip.BadGzipFile) and type(error).__name__ != "ZstdError":
-            raise
-        raise InputError(f"{where}: the archive is damaged or cut short ({error}); expected a complete file") from error
+def _unzstd(packed: Iterator[bytes]) -> Iterator[bytes]:
+    import zstandard
+
+    frame = None
+    for chunk in packed:
+        while chunk:
+            frame = frame or zstandard.ZstdDecompressor().decompressobj()
+            try:
+                yield frame.decompress(chunk)
+            except zstandard.ZstdError as error:
+                raise EOFError(error) from error
+            chunk = frame.unused_data if frame.eof else b""
+            frame = None if frame.eof else frame
+    if frame is not None:
+        raise EOFError("the last frame has no end")
 
 
 def _decode(raw: bytes, where: str, offset: int) -> str:
@@ -108,7 +118,7 @@ def _parse(text: str, where: str) -> Any:
 
 
 class _Finding(Exception):
-    """What a parser hook found wrong; `_parse` adds the address."""
+    """What was found wrong; the caller adds the address."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

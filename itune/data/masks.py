@@ -19,12 +19,16 @@ from itune.types import Conversation
 
 
 class Piece(NamedTuple):
-    """One weighted run of tokens [first, last), and the text that it must decode to."""
+    """One weighted run of tokens [first, last), the text that it must decode to, and the added tokens in that text.
+
+    added: (id, start, end) of each, in characters of `text`.
+    """
 
     first: int
     last: int
     weight: float
     text: str
+    added: tuple[tuple[int, int, int], ...] = ()
 
 
 def weighted_pieces(conversation: Conversation, rendering: Rendering, encoded: Encoded, tokenizer: Tokenizer,
@@ -40,8 +44,23 @@ def weighted_pieces(conversation: Conversation, rendering: Rendering, encoded: E
         if last <= first:
             raise TemplateRefusal(f"message {index} has no token of its own")
         start, end = encoded.characters_of(first, last)
-        found.append(Piece(first, last, weight, rendering.text[start:end]))
+        _check_edges(rendering.text, bounds, encoded, first, last)
+        placed = zip(structure.ids.tolist(), encoded.added)
+        added = tuple((token_id, a - start, b - start) for token_id, (a, b) in placed if start <= a and b <= end)
+        found.append(Piece(first, last, weight, rendering.text[start:end], added))
     return found
+
+
+def _check_edges(text: str, bounds: tuple[int, int], encoded: Encoded, first: int, last: int) -> None:
+    """Raise TemplateRefusal unless the tokens cover the bounds and only the outer two reach beyond them."""
+    start, end = bounds
+    first_start, first_end = encoded.characters_of(first, first + 1)
+    last_start, last_end = encoded.characters_of(last - 1, last)
+    starts_well = first_start <= start < first_end or (start < first_start and text[start:first_start].isspace())
+    ends_well = last_start < end <= last_end or (last_end < end and text[last_end:end].isspace())
+    if not (starts_well and ends_well):
+        raise TemplateRefusal(f"tokens {first} to {last - 1} stand for {text[first_start:last_end]!r}; "
+                              f"expected {text[start:end]!r}")
 
 
 def weights_of(pieces: Sequence[Piece], length: int) -> np.ndarray:
@@ -58,13 +77,22 @@ def unproven(ids: Sequence[np.ndarray], pieces: Sequence[Sequence[Piece]], token
     tokens = [ids[row][piece.first : piece.last].tolist() for row, piece in runs]
     wrong = {}
     for (row, piece), decoded in zip(runs, tokenizer.backend.decode_batch(tokens, skip_special_tokens=False)):
-        if decoded == piece.text or decoded.strip() == piece.text.strip():
+        if decoded == piece.text or " " + decoded == piece.text:  # decoders of sentencepiece kind drop the first space
             continue
         # Word-level and lower-casing tokenizers lose something of every text; of this one they must lose the same.
-        again = tokenizer.decode(tokenizer.backend.encode(piece.text, add_special_tokens=False).ids)
-        if "".join(again.split()) != "".join(decoded.split()):
+        if _decoded_again(piece, tokenizer).lstrip(" ") != decoded.lstrip(" "):
             wrong[row] = f"the weighted tokens decode to {decoded[:60]!r}; expected {piece.text[:60]!r}"
     return wrong
+
+
+def _decoded_again(piece: Piece, tokenizer: Tokenizer) -> str:
+    """The piece's text, encoded without added tokens save for its own, and decoded."""
+    ids: list[int] = []
+    cursor = 0
+    for token_id, start, end in piece.added:
+        ids += tokenizer.encode_plain(piece.text[cursor:start]) + [token_id]
+        cursor = end
+    return tokenizer.decode(ids + tokenizer.encode_plain(piece.text[cursor:]))
 
 
 def _weights(conversation: Conversation, train_on: str) -> list[tuple[int, float]]:

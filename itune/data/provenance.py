@@ -61,6 +61,8 @@ def located(conversation: Conversation, template: ChatTemplate, add_generation_p
     dicts = [template_view(message) for message in messages]
     plain = template.render(dicts, tools, add_generation_prompt)
     framed = not tools and not any(message.extra for message in messages)
+    if framed and "</think" in template.source:  # it may take tags out of a text and write the same as its own
+        framed = not any(THINK.search(message.content) for message in messages)
     key = (add_generation_prompt, *((message.role, not message.content) for message in messages))
     frames = template.frames.setdefault(key, []) if framed else []
     for frame in frames:

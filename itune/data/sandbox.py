@@ -61,8 +61,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[Guard, jinja2.ext.loopcontrols])
         self.guard: Guard = self.extensions[Guard.identifier]  # type: ignore[assignment]
-        self.filters = {name: _limited(function, self.guard) for name, function in self.filters.items()}
-        self.filters["tojson"] = _tojson
+        filters = {**self.filters, "tojson": _tojson}
+        self.filters = {name: _limited(name, function, self.guard) for name, function in filters.items()}
         self.globals.update(raise_exception=_raise_exception, strftime_now=TODAY.strftime)
 
     def compiled(self, source: str) -> jinja2.Template:
@@ -104,11 +104,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
         owner = getattr(__obj, "__self__", None)
         if isinstance(owner, str | bytes):
             __self.guard.tick()
-            _check_arguments(args, kwargs)
-            name = __obj.__name__
-            if name == "replace" and len(args) > 1:
-                check_size(len(owner) + (owner.count(args[0]) or 0) * len(args[1]))
-            elif name == "join" and args:
+            _check_growth(__obj.__name__, (owner, *args), kwargs)
+            if __obj.__name__ == "join" and args:
                 args = (list(args[0]),)
                 check_size(sum(map(_size, args[0])) + len(owner) * len(args[0]))
         return super().call(__context, __obj, *args, **kwargs)
@@ -135,18 +132,29 @@ def _size(value: Any) -> int:
     return len(value) if isinstance(value, str | bytes | list | tuple) else 0
 
 
-def _check_arguments(args: Any, kwargs: Any) -> None:
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, int) and abs(value) > ARGUMENT:
-            raise TemplateLimit(f"the template asks for {value:,} characters; the limit is {ARGUMENT:,}")
+def _check_growth(name: str, args: Any, kwargs: Any) -> None:
+    """Refuse what a text method or filter of this name would blow up, before it does."""
+    values = (*args, *kwargs.values())
+    texts = [value for value in values if isinstance(value, str)]
+    numbers = [abs(value) for value in values if isinstance(value, int)]
+    if max(numbers, default=0) > ARGUMENT:
+        raise TemplateLimit(f"the template asks for {max(numbers):,} characters; the limit is {ARGUMENT:,}")
+    if name == "replace" and len(texts) > 2:
+        check_size(len(texts[0]) + texts[0].count(texts[1]) * len(texts[2]))
+    elif name in ("indent", "expandtabs", "tojson"):
+        check_size(max(map(len, texts), default=0) * max(numbers, default=0))
+    elif name == "format" and texts and re.search(r"\d{6}|\*", texts[0]):
+        raise TemplateLimit("the template formats text with a width of six digits or of its choice")
 
 
-def _limited(function: Any, guard: Guard) -> Any:
+def _limited(name: str, function: Any, guard: Guard) -> Any:
     @functools.wraps(function)
     def filtered(*args: Any, **kwargs: Any) -> Any:
         guard.tick()
-        _check_arguments(args, kwargs)
-        return function(*args, **kwargs)
+        _check_growth(name, args, kwargs)
+        result = function(*args, **kwargs)
+        check_size(_size(result) if isinstance(result, str | list) else 0)
+        return result
 
     return filtered
 

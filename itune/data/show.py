@@ -27,7 +27,8 @@ def show(config: Config, index: int | None = None, source: str | None = None, li
 
     index: one row by its number, counted from 0 in the order of the sources. source: rows of this source only. limit:
     how many rows. On a terminal weighted text is green and what `data.max_length` cuts off is red; elsewhere they
-    stand in {+ +} and {- -}. A row that cannot be rendered shows its error. Raises InputError for an unknown source or number.
+    stand in {+ +} and {- -}. A row that cannot be rendered shows its error. Raises InputError for an unknown source or
+    number.
     """
     tokenizer = _tokenizer(config)
     sources = open_sources(config.data.train, "data.train")

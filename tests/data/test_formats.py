@@ -1,0 +1,95 @@
+"""Formats: four shapes of one exchange give one conversation; every fault names row and field."""
+
+from __future__ import annotations
+
+import pytest
+
+from itune.data.formats import convert, detect_format
+from itune.data.sources import Row
+from itune.types import Address, InputError
+
+AT = Address("s", "f.jsonl", 7)
+SHAPES = {
+    "messages": {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]},
+    "sharegpt": {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]},
+    "alpaca": {"instruction": "Q", "input": "", "output": "A"},
+    "prompt_completion": {"prompt": "Q", "completion": "A"},
+}
+
+
+def read(fields, name=None, **field_map):
+    row = Row(AT, fields)
+    return convert(row, name or detect_format([row], field_map), field_map)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_each_shape_is_detected_and_read(name):
+    assert detect_format([Row(AT, SHAPES[name])]) == name
+    conversation = read({**SHAPES[name], "task": "t", "score": 0.5, "nested": {"a": 1}})
+    assert [(m.role, m.content) for m in conversation.messages] == [("user", "Q"), ("assistant", "A")]
+    assert conversation.metadata == {"task": "t", "score": 0.5} and conversation.address == AT
+
+
+def test_variants():
+    alpaca = read({"instruction": "Add.", "input": "1 2", "output": "3", "system": "Be brief."})
+    assert [(m.role, m.content) for m in alpaca.messages] == [
+        ("system", "Be brief."), ("user", "Add.\n\n1 2"), ("assistant", "3")]  # fmt: skip
+    lists = read({"prompt": SHAPES["messages"]["messages"][:1], "completion": SHAPES["messages"]["messages"][1:]})
+    assert [m.role for m in lists.messages] == ["user", "assistant"]
+    mapped = read({"question": "Q", "answer": "A"}, prompt="question", completion="answer")
+    assert [m.content for m in mapped.messages] == ["Q", "A"] and mapped.metadata == {}
+    texts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    parts = read({"messages": [{"role": "user", "content": texts},
+                               {"role": "assistant", "content": "c", "weight": 0.5}]})  # fmt: skip
+    assert parts.messages[0].content == "ab" and parts.messages[1].weight == 0.5
+
+
+def test_tool_calls_stay_with_their_message():
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    found = read({"messages": [
+        {"role": "user", "content": "1+1"}, {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "2", "tool_call_id": "1"}, {"role": "assistant", "content": "2", "name": None},
+    ], "tools": [{"type": "function", "function": {"name": "add"}}]})  # fmt: skip
+    assert found.messages[1].content == ""
+    assert found.messages[1].extra["tool_calls"][0]["function"]["arguments"] == {"a": 1}
+    assert found.messages[2].extra == {"tool_call_id": "1"} and found.messages[3].extra == {}
+    assert found.metadata["tools"][0]["function"]["name"] == "add"
+
+
+def user(**change):
+    return {"messages": [{"role": "user", "content": "Q", **change}, {"role": "assistant", "content": "A"}]}
+
+
+FAULTS = {
+    "unknown role": (user(role="asistant"), r"messages\[0\]\.role: unknown role 'asistant' \(nearest: assistant\)"),
+    "role of wrong type": (user(role=3), r"messages\[0\]\.role: unknown role 3"),
+    "null content": (user(content=None), r"messages\[0\]\.content: found null; expected text"),
+    "int content": (user(content=3), r"messages\[0\]\.content: found a number"),
+    "image part": (user(content=[{"type": "image_url"}]), r"messages\[0\]\.content: found parts of type image_url"),
+    "negative weight": (user(weight=-1), r"messages\[0\]\.weight: found -1"),
+    "lone surrogate": (user(content="a\ud800"), r"messages\[0\]\.content: found the lone surrogate U\+D800"),
+    "NUL": (user(content="a\0"), r"messages\[0\]\.content: found a NUL character at character 1"),
+    "no role": ({"messages": [{"content": "x"}]}, r"messages\[0\]\.role: missing"),
+    "message is text": ({"messages": ["x"]}, r"messages\[0\]: found a string"),
+    "messages is text": ({"messages": "x"}, r"messages: found a string; expected a list"),
+    "no messages": ({"messages": []}, r"no messages"),
+    "no assistant": ({"messages": [{"role": "user", "content": "x"}]}, r"no assistant turn \(roles found: user\)"),
+    "null completion": ({"prompt": "x", "completion": None}, r"completion: found null"),
+    "tools of wrong type": ({**SHAPES["messages"], "tools": "hammer"}, r"tools: found a string"),
+    "call of wrong type": ({"messages": [{"role": "assistant", "content": "", "tool_calls": ["f"]}]},
+                           r"messages\[0\]\.tool_calls: found a string"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_name_row_field_and_expectation(fault):
+    fields, message = FAULTS[fault]
+    with pytest.raises(InputError, match=r"^f\.jsonl:7: " + message):
+        read(fields)
+
+
+def test_undetected_and_missing_fields():
+    with pytest.raises(InputError, match=r"f\.jsonl:7: the row has the fields answer, question; expected those of one"):
+        read({"question": "Q", "answer": "A"})
+    with pytest.raises(InputError, match=r"f\.jsonl:7: completion: missing \(nearest: completions\)"):
+        read({"prompt": "Q", "completions": "A"}, name="prompt_completion")
