@@ -86,6 +86,7 @@ def make_plan(config: Config, data: Data, log: Log, devices: Sequence[Any] | Non
     batch = Batch(*(jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh)) for dtype in dtypes))
     check_batch(batch, mesh, config.train.accumulation)
     model = load_model(config.model.path, mesh, **model_settings(config, data.tokenizer))
+    model = dataclasses.replace(model, max_segments=data.loader.max_segments)
     if config.data.max_length > model.config.max_length:
         log(
             f"warning: data.max_length is {config.data.max_length} tokens, {config.model.path} was made for at most "

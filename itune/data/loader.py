@@ -53,6 +53,12 @@ class Loader:
         parts = [self.store.fingerprint, self.batch_size, self.max_length, self.packing, self.seed]
         return hashlib.sha256(json.dumps([*parts, sorted(self.mixture.items())]).encode()).hexdigest()
 
+    @property
+    def max_segments(self) -> int:
+        """Examples in the fullest row of the run, the padding after them counted as one."""
+        epochs = self._locate(self.total_steps - 1)[0] + 1 if self.mixture else 1
+        return max(fullest(self._plan(epoch)) for epoch in range(epochs))
+
     def batch(self, step: int) -> Batch:
         """The global batch of `step`, counted from 0: int32 and float32 arrays of shape (batch_size, max_length)."""
         return self.rows(step, 0, self.batch_size)
@@ -120,6 +126,11 @@ class Loader:
         return [rows[i] for i in rng.permutation(len(rows)).tolist()]
 
 
+def fullest(rows: Rows) -> int:
+    """Runs of equal segment id in the fullest row: its examples, and padding."""
+    return max((len(row) for row in rows), default=0) + 1
+
+
 def build_batch(store: ExampleStore, members: Sequence[np.ndarray], rows: int, max_length: int) -> Batch:
     """`rows` rows of `max_length` positions; row b holds the examples `members[b]`, rows beyond have weight 0.
 
@@ -151,6 +162,11 @@ class EvalBatches(Sequence[Batch]):
         self.store, self.batch_size, self.max_length = store, batch_size, max_length
         rows = pack(store.lengths, max_length) if packing else [np.asarray([i]) for i in range(len(store))]
         self._rows = sorted((np.sort(row) for row in rows), key=lambda row: int(row[0]))
+
+    @property
+    def max_segments(self) -> int:
+        """Examples in the fullest row, the padding after them counted as one."""
+        return fullest(self._rows)
 
     def __len__(self) -> int:
         return math.ceil(len(self._rows) / self.batch_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -33,7 +34,7 @@ class Evaluator:
         mesh = _mesh(model)
         rows = -(-c.eval.batch_size // rows_divisor(mesh)) * rows_divisor(mesh)
         batches = eval_batches(store, rows, c.data.max_length)
-        step = _step(model, c.loss.chunk)
+        step = _step(dataclasses.replace(model, max_segments=batches.max_segments), c.loss.chunk)
         sums = np.zeros((4, len(store) + 1))  # loss, weight, correct, tokens; the last column takes padding
         for number in range(len(batches)):
             batch = batches[number]

@@ -169,6 +169,18 @@ def test_mixture_faults(weights, message):
     assert planned_counts({"a": 3, "b": 5}, {"a": 0, "b": 1}) == {"a": 0, "b": 5}
 
 
+@pytest.mark.parametrize("mixture", [{}, {"a": 1.0, "b": 3.0}])
+def test_the_most_segments_of_a_row_are_known_before_the_first_step(mixture):
+    sources = ["a" if i % 2 else "b" for i in range(97)]
+    loader = make(store_of(LENGTHS, sources), epochs=3, mixture=mixture)
+    rows = [row for step in range(loader.total_steps) for row in loader.batch(step).segment_ids_BL]
+    runs = [1 + int((np.diff(row) != 0).sum()) for row in rows]
+    assert max(runs) <= loader.max_segments <= max(runs) + 1
+    held_out = eval_batches(loader.store, 4, 32)
+    most = max(int(batch.segment_ids_BL.max()) for batch in held_out[:])
+    assert held_out.max_segments == most + 1
+
+
 def test_prefetching_hands_on_errors_and_stops_with_its_consumer():
     def items():
         yield 1

@@ -50,7 +50,7 @@ def compiled(model_15m):
     }  # fmt: skip
     data = types.SimpleNamespace(
         tokenizer=types.SimpleNamespace(vocab_size=8192, added_tokens=()),
-        loader=types.SimpleNamespace(total_steps=100),
+        loader=types.SimpleNamespace(total_steps=100, max_segments=9),
         dataset=types.SimpleNamespace(held_out=()),
     )
     with jax.default_matmul_precision("default"):  # as in a run; conftest's "highest" is for comparisons on CPU
