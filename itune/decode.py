@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from itune.models.model import Model
+from itune.models.unrolled import unroll, unroll_cache, unroll_params
 from itune.sharding import constrain, replicated, rows_divisor
 from itune.types import InputError
 
@@ -181,7 +182,7 @@ def _prefill(model, new_tokens, greedy, nucleus, params, tokens_BL, segments_BL,
     hidden_BLD, cache = model.hidden_with_cache(params, tokens_BL, positions_BL, cache, segment_ids_BL=segments_BL)
     empty_B = segments_BL[:, -1] == 0
     state = State(
-        cache=cache,
+        cache=unroll_cache(model, cache),
         last_B=jnp.zeros(rows, jnp.int32),
         positions_B=positions_BL[:, -1],
         done_B=empty_B,
@@ -195,6 +196,8 @@ def _prefill(model, new_tokens, greedy, nucleus, params, tokens_BL, segments_BL,
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
 def _advance(model, greedy, nucleus, params, state, settings, limit):
+    model, params = unroll(model), unroll_params(model, params)
+
     def unfinished(state):
         return (state.count < limit) & ~jnp.all(state.done_B)
 

@@ -33,6 +33,7 @@ class Model:
     remat: str = "none"
     mesh: Mesh | None = None
     max_segments: int = 0  # examples in the fullest row, padding counted as one; 0 is unknown (cuDNN then allows 32)
+    scan: bool = True  # False: no layer is stacked; only for parameters of itune/models/unrolled.py
 
     def init(self, rng: jax.Array) -> Any:
         """Random parameters, placed on the mesh where there is one (each device makes its own shard)."""
@@ -111,10 +112,8 @@ class Model:
         return both
 
     def _decoder(self) -> Decoder:
-        return Decoder(
-            self.config,
-            Settings(self.compute_dtype, self.param_dtype, self.attention, self.remat, self.mesh, self.max_segments),
-        )
+        settings = {name: getattr(self, name) for name in Settings._fields if name != "dtype"}
+        return Decoder(self.config, Settings(dtype=self.compute_dtype, **settings))
 
     def _init(self, rng: jax.Array) -> Any:
         tokens_BL = jnp.zeros((1, 1), jnp.int32)

@@ -28,6 +28,7 @@ class Settings(NamedTuple):
     remat: str
     mesh: Mesh | None
     max_segments: int = 0
+    scan: bool = True
 
 
 class Context(NamedTuple):
@@ -137,17 +138,19 @@ class Decoder(nn.Module):
         hidden_BLD = Embed(c, s, name="embed")(tokens_BL)
         hidden_BLD = constrain(hidden_BLD, s.mesh, ("batch", "length", None))
         context = make_context(c, s, segments_BL, positions_BL, cache)
-        period, repeats = layer_plan(c.kinds)
-        scanned = nn.scan(
-            Block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast),
-            length=repeats,
-            check_constancy_invariants=False,  # nothing is broadcast out of the scan: saves tracing the block twice
-        )
-        blocks = scanned(c, c.kinds[:period], s, name="blocks")
-        hidden_BLD, blocks_cache = blocks(hidden_BLD, None if cache is None else cache["blocks"], context)
+        period, repeats = layer_plan(c.kinds) if s.scan else (0, 0)
+        blocks_cache: Any = ()
+        if repeats:
+            scanned = nn.scan(
+                Block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(0, nn.broadcast),
+                length=repeats,
+                check_constancy_invariants=False,  # nothing is broadcast out of the scan: saves tracing the block twice
+            )
+            blocks = scanned(c, c.kinds[:period], s, name="blocks")
+            hidden_BLD, blocks_cache = blocks(hidden_BLD, None if cache is None else cache["blocks"], context)
         rest_cache = []
         for i, kind in enumerate(c.kinds[period * repeats :]):
             layer = remat(Layer, s.remat, inside_scan=False)(c, kind, s, name=f"rest_{i}")
