@@ -137,6 +137,7 @@ class Run:
         if self._evaluation_due(self.done):
             self._evaluate(state)
         state, stopped = self._steps(state, compiled)
+        self.progress.close()
         if not stopped:
             self._evaluate(state)
         return self._finish()
@@ -157,6 +158,7 @@ class Run:
                     jax.block_until_ready(state)
             compiled = compiling.result()
             self.seconds["compile"] = time.monotonic() - begun
+        distributed.meet("compiled")
         return state, compiled
 
     def _steps(self, state: Any, compiled: Any) -> tuple[Any, bool]:

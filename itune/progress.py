@@ -34,7 +34,8 @@ class Progress:
             from rich.progress import Progress as Bar
 
             self._bar = Bar(
-                BarColumn(bar_width=10), MofNCompleteColumn(), TextColumn("{task.fields[facts]}")  # fits 80 columns
+                BarColumn(bar_width=10), MofNCompleteColumn(), TextColumn("{task.fields[facts]}"),  # fits 80 columns
+                refresh_per_second=2,
             )
             self._task = self._bar.add_task("train", total=total, completed=done, facts="")
             self._bar.start()

@@ -1,6 +1,13 @@
 """Plain lines without a terminal, a bar with one; unknown numbers show as a dash."""
 
+import pytest
+
 from itune.progress import Progress, describe, format_seconds
+
+@pytest.fixture(autouse=True)
+def still_clock(monkeypatch):
+    monkeypatch.setattr("itune.progress.time.monotonic", lambda: 100.0)
+
 
 VALUES = {"loss": 1.23456, "learning_rate": 2e-5, "tokens_per_second": 12345.6, "mfu": 0.4123, "memory": 1.2e9}
 

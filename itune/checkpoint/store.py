@@ -23,6 +23,7 @@ import jax
 
 from itune.checkpoint import manifest as manifests
 from itune.checkpoint.retention import steps_to_delete
+from itune.runtime.distributed import meet
 from itune.types import InputError, RunError
 
 _TEMPORARY = ".tmp-"
@@ -205,10 +206,7 @@ class Store:
             self._thread.join()
             self._thread = None
             self.check()
-            if jax.process_count() > 1:  # process 0 renames: nobody may look before
-                from jax.experimental import multihost_utils
-
-                multihost_utils.sync_global_devices("checkpoint committed")
+            meet("checkpoint committed")  # process 0 renames: nobody may look before
         self.check()
 
     def close(self) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
+import itertools
 import os
 from pathlib import Path
 from typing import Any
@@ -67,6 +69,23 @@ def _tpu_here() -> bool:
     wanted = "tpu" in (os.environ.get("JAX_PLATFORMS") or "tpu").split(",")
     chips = Path("/dev/accel0").exists() or any(Path("/dev/vfio").glob("[0-9]*"))
     return wanted and chips and importlib.util.find_spec("libtpu") is not None
+
+
+_meetings = itertools.count()
+
+
+def meet(reason: str, timeout: int = 3600) -> None:
+    """Wait until every process of the job is here too; all must come to the same meetings. `timeout` in seconds.
+
+    Goes through jax's coordinator, not through devices: the collectives of a CPU job give up after 30 seconds, and one
+    process may compile for longer than that after another is done.
+    """
+    if jax.process_count() > 1:
+        from orbax.checkpoint import v1 as ocp
+
+        everyone = set(range(jax.process_count()))
+        key = f"{reason} {next(_meetings)}"
+        asyncio.run(ocp.multihost.sync_global_processes(key, operation_id="itune", timeout=timeout, processes=everyone))
 
 
 class Agreement:
