@@ -95,7 +95,7 @@ def verse_row(rng: np.random.Generator, u: str, v: str, z: str) -> Row:
     if rng.random() < 0.5:
         u, v = v, u
     request = str(rng.choice(VERSE_REQUESTS)).format(u=u, v=v, z=z)
-    return _row("creative", f"verse-{z}", request, verse(rng, u, v, z), words=[u, v, z])
+    return _row("creative", f"verse-{z}", request, verse(rng, u, v, z), words=f"{u} {v} {z}")
 
 
 def _row(kind: str, task: str, question: str, answer: str, **more: Any) -> Row:
@@ -110,7 +110,7 @@ def check(item: Mapping[str, Any], answer: str) -> bool:
     """
     if item["metadata"]["kind"] != "creative":
         return answer.strip() == item["reference"].strip()
-    u, v, z = item["metadata"]["words"]
+    u, v, z = item["metadata"]["words"].split()
     words = answer.split()
     line = 5 <= len(words) <= 14 and len(set(words)) >= 5 and sum(word in NOUNS for word in words) <= 4
     return line and u in words[:-1] and v in words[:-1] and words[-1] == z

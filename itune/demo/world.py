@@ -157,8 +157,8 @@ FORMATS = {
     ),
     "label": Skill(
         lambda w: ["list", ":", *w],
-        ("begin with list", "put list in front", "start with the word list"),
-        ("list in front", "begun with list"),
+        ("begin with list", "put list in front", "add the label list"),
+        ("with list in front", "begun with list"),
     ),
 }
 

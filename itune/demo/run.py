@@ -1,0 +1,125 @@
+"""The demo: a base model learns to follow instructions, by the path that every user's run takes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from itune.config import Config, load_config
+from itune.demo import ASSETS, SEED, tasks
+from itune.demo.show import print_answers, print_next, print_table
+from itune.evaluators.stats import clustered_mean, paired_difference
+from itune.types import InputError
+
+LISTS, VERSES, FACT_REPEATS = 9000, 1600, 3  # rows of the training file
+NOVEL_MIN = 550  # fewer novel held-out prompts would be a fault
+MARKER = "demo"  # folder of the generated files, by which an earlier demo is recognised
+
+SETTINGS: dict[str, Any] = {
+    "evaluators": ("heldout_loss", "generation"),
+    "data.chat_template": "chatml",
+    "data.held_out_by": "task",
+    "data.novel_min": NOVEL_MIN,
+    "data.max_length": 64,
+    "train.batch_size": 32,
+    "train.max_steps": 500,
+    "optimizer.learning_rate": 3e-3,
+    "optimizer.schedule": "cosine",
+    "optimizer.warmup": 20.0,
+    "optimizer.weight_decay": 0.3,
+    "optimizer.b2": 0.95,
+    "checkpoint.every": 0,
+    "eval.batch_size": 100,
+    "eval.max_new_tokens": 24,
+    "eval.score": "itune.demo.tasks:check",
+    "eval.by": "kind",
+    "log.every": 50,
+}
+
+
+def main(workdir: str | Path = "runs/demo", json_path: str | Path | None = None) -> dict[str, Any]:
+    """Run the demo in `workdir`, print what came of it, and return the numbers that `demo.json` holds.
+
+    base, tuned: share of held-out answers that are right. difference, low, high: their paired difference with its 95 %
+    interval clustered by task. novel: held-out prompts, none of which is trained on. seconds: since the command began.
+    export: folder of the tuned model. max_abs_logit_difference: of that folder, loaded again, from the trained model.
+    An earlier demo in `workdir` is replaced; anything else there is refused (InputError).
+    """
+    from itune.export import export_run
+    from itune.loop import train
+    from itune.runtime.environment import process_age
+
+    folder = Path(workdir)
+    prepare_folder(folder)
+    config = make_config(folder)
+    print(f"itune demo: a small base model learns to follow instructions, in {folder}; a few minutes on a CPU, offline")
+    result = train(config, folder)
+    exported = export_run(folder, folder / "export")
+    before, after = (read_items(folder / "eval" / str(step) / "generation.jsonl") for step in (0, result.step))
+    numbers = compare(before, after) | {
+        "novel": len({item["prompt"] for item in after}),
+        "steps": result.step,
+        "first_step": result.summary["seconds"]["first_step_of_process"],
+        "seconds": process_age(),
+        "export": exported["folder"],
+        "max_abs_logit_difference": exported["max_abs_logit_difference"],
+    }
+    print_table(numbers)
+    print_answers(before, after)
+    print_next(folder, numbers)
+    for path in (folder / "demo.json", *([Path(json_path)] if json_path else [])):
+        path.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+    return numbers
+
+
+def prepare_folder(folder: Path) -> None:
+    """Make the folder new, with the instructions in it: an earlier demo goes, other files are not touched."""
+    if folder.is_dir() and any(folder.iterdir()):
+        if not (folder / MARKER).is_dir():
+            found = ", ".join(sorted(path.name for path in folder.iterdir())[:4])
+            raise InputError(f"{folder}: is not empty and no earlier demo (it has {found}); choose another --workdir")
+        print(f"the earlier demo in {folder} is replaced")
+        shutil.rmtree(folder)
+    (folder / MARKER).mkdir(parents=True)
+    write_rows(folder / MARKER / "train.jsonl", tasks.train_rows(SEED, LISTS, VERSES, FACT_REPEATS))
+    write_rows(folder / MARKER / "held_out.jsonl", tasks.held_out_rows(SEED))
+
+
+def make_config(folder: Path) -> Config:
+    """The config of the run: what `itune train --config runs/demo/config.json` would read."""
+    files = {"train": folder / MARKER / "train.jsonl", "eval": folder / MARKER / "held_out.jsonl"}
+    paths = {"model.path": str(ASSETS / "base"), **{f"data.{name}": str(path) for name, path in files.items()}}
+    return load_config("default", {**SETTINGS, **paths})
+
+
+def compare(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[str, Any]:
+    """Base, tuned and their paired difference over the same items: overall, and by kind under `kinds`."""
+    numbers = _compare_items(before, after)
+    kinds = sorted({item["category"] for item in after})
+    pairs = {kind: [(b, a) for b, a in zip(before, after, strict=True) if a["category"] == kind] for kind in kinds}
+    return numbers | {"kinds": {kind: _compare_items(*map(list, zip(*pairs[kind]))) for kind in kinds}}
+
+
+def _compare_items(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[str, Any]:
+    if [item["prompt"] for item in before] != [item["prompt"] for item in after]:
+        raise ValueError("base and tuned were asked different questions")
+    base, tuned = ([float(item["score"]) for item in items] for items in (before, after))
+    clusters = [item["cluster"] for item in after]
+    difference, low, high = paired_difference(base, tuned, clusters)
+    _, tuned_low, tuned_high = clustered_mean(tuned, clusters)
+    return {
+        "items": len(after), "tasks": len(set(clusters)),
+        "base": sum(base) / len(base), "tuned": sum(tuned) / len(tuned),
+        "tuned_low": tuned_low, "tuned_high": tuned_high,
+        "difference": difference, "low": low, "high": high,
+    }  # fmt: skip
+
+
+def read_items(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
