@@ -244,7 +244,7 @@ def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
     cls: Any = Config
     node = tree
     for depth, name in enumerate(parents):
-        field = _field(cls, name, ".".join(parents[:depth]))
+        field = _field(cls, name, ".".join(parents[:depth]), dotted)
         annotation = typing.get_type_hints(cls)[field.name]
         if not dataclasses.is_dataclass(annotation) and dict not in (annotation, *typing.get_args(annotation)):
             raise InputError(f"config: {'.'.join(parents[: depth + 1])} is a key, not a section; found {dotted}")
@@ -293,11 +293,12 @@ def _build(cls: Any, tree: Mapping[str, Any], prefix: str) -> Any:
     return cls(**values)
 
 
-def _field(cls: Any, name: str, prefix: str) -> dataclasses.Field:
+def _field(cls: Any, name: str, prefix: str, whole: str = "") -> dataclasses.Field:
+    """The field `name` of a section; `whole` is the dotted key that the user wrote, for a better suggestion."""
     fields = {f.name: f for f in dataclasses.fields(cls)}
     if name in fields:
         return fields[name]
-    path = f"{prefix}.{name}" if prefix else name
+    path = whole or (f"{prefix}.{name}" if prefix else name)
     near = difflib.get_close_matches(path, all_keys(), n=1, cutoff=0.6)
     near = near or difflib.get_close_matches(name, [k.rsplit(".", 1)[-1] for k in all_keys()], n=1, cutoff=0.6)
     near = [k for k in all_keys() if k == near[0] or k.endswith("." + near[0])][:1] if near else near

@@ -1,0 +1,140 @@
+"""The command line: help fits a screen and gives an example; bad input is one message with an address."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from itune.cli import VERBS, main
+
+GOOD = {"messages": [{"role": "user", "content": "Say one."}, {"role": "assistant", "content": "one"}]}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A random model folder of one million parameters, as the README makes one."""
+    script = Path(__file__).parents[1] / "scripts" / "make_random_model.py"
+    spec = importlib.util.spec_from_file_location("maker_for_cli", script)
+    maker = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(maker)
+    folder = tmp_path_factory.mktemp("cli") / "model"
+    maker.choose_shape = lambda *given: (32, 1)
+    maker.make("qwen3", 1_000_000, folder, vocab=300)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def rows(path: Path, *lines: object) -> Path:
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return path
+
+
+def train(model: Path, data: Path, workdir: Path, *arguments: str) -> int:
+    return main(["train", "--config", "default", "--workdir", str(workdir), f"--config.model.path={model}",
+                 f"--config.data.train={data}", "--config.data.max_length=64", "--config.evaluators=()",
+                 "--config.data.held_out_share=0", *arguments])
+
+
+def refused(capsys, code: int, expected_code: int, *patterns: str) -> None:
+    error = capsys.readouterr().err
+    assert code == expected_code, error
+    assert error.startswith("itune: ") and "Traceback" not in error
+    for pattern in patterns:
+        assert re.search(pattern, error), error
+
+
+@pytest.mark.parametrize("verb", [*[[verb] for verb in VERBS], ["data", "show"], ["data", "stats"]])
+def test_help_fits_a_screen_and_gives_an_example(verb, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*verb, "--help"])
+    shown = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert "example:" in shown and f"itune {' '.join(verb)}" in shown
+    assert len(shown.splitlines()) <= 40 and max(map(len, shown.splitlines())) <= 120
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    ([], ""),
+    (["tran"], "did you mean train?"),
+    (["train", "--config", "sft"], "required: --workdir"),
+    (["export", "--workdir", "x", "--out", "y", "--dtypes", "float32"], "'--dtypes'"),
+    (["train", "--config", "sft", "--workdir", "x", "--config.train.epochs", "2"], "--config.train.epochs=2"),
+    (["train", "--config", "sftt", "--workdir", "x"], "nearest: sft"),
+    (["train", "--config", "sft", "--workdir", "x", "--config.trian.epochs=2"], "did you mean train.epochs?"),
+    (["generate", "--model", "no/such", "--prompts", "none.txt"], "none.txt"),
+    (["report", "no/such/run"], "no/such/run"),
+    (["export", "--workdir", "no/such/run", "--out", "y"], "no/such/run"),
+])
+def test_wrong_usage_has_exit_code_2(arguments, said, capsys):
+    try:
+        code = main(arguments)
+    except SystemExit as stop:
+        code = stop.code
+    streams = capsys.readouterr()
+    assert code == 2
+    assert said in streams.err and "Traceback" not in streams.err
+
+
+@pytest.mark.parametrize(("lines", "patterns"), [
+    ([GOOD, '{"messages": [}'], ["bad.jsonl:2"]),
+    ([GOOD, "[1, 2]"], ["bad.jsonl:2", "object"]),
+    ([GOOD, {"messages": [{"role": "user", "content": "Hello?"}]}], ["bad.jsonl:2", "assistant"]),
+    ([{"messages": [{"role": "asistant", "content": "x"}]}], ["bad.jsonl:1", "asistant", r"assistant"]),
+    ([{"messages": [{"role": "user", "content": None}, {"role": "assistant", "content": "x"}]}],
+     ["bad.jsonl:1", r"messages\[0\]\.content"]),
+    ([{"question": "x", "reply": "y"}], ["bad.jsonl", "question"]),
+])
+def test_bad_rows_are_named_by_file_line_and_field(model, tmp_path, capsys, lines, patterns):
+    code = train(model, rows(tmp_path / "bad.jsonl", *lines), tmp_path / "run")
+    refused(capsys, code, 2, *patterns)
+
+
+def test_missing_data_file_names_the_nearest(model, tmp_path, capsys):
+    rows(tmp_path / "train.jsonl", GOOD)
+    refused(capsys, train(model, tmp_path / "trian.jsonl", tmp_path / "run"), 2, "trian.jsonl", "train.jsonl")
+
+
+def test_template_missing_names_those_that_ship(model, tmp_path, capsys):
+    bare = Path(shutil.copytree(model, tmp_path / "bare"))
+    for name in ("chat_template.jinja", "chat_template.json"):
+        (bare / name).unlink(missing_ok=True)
+    config = json.loads((bare / "tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    (bare / "tokenizer_config.json").write_text(json.dumps(config))
+    code = train(bare, rows(tmp_path / "a.jsonl", GOOD), tmp_path / "run")
+    refused(capsys, code, 2, "template", "chatml")
+
+
+def test_unsupported_architecture_lists_the_supported(model, tmp_path, capsys):
+    other = Path(shutil.copytree(model, tmp_path / "other"))
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "model_type": "mamba"}))
+    code = train(other, rows(tmp_path / "a.jsonl", GOOD), tmp_path / "run")
+    refused(capsys, code, 2, "mamba", "llama.*qwen3")
+
+
+def test_index_that_names_a_missing_file(model, tmp_path, capsys):
+    other = Path(shutil.copytree(model, tmp_path / "other"))
+    (other / "model.safetensors").rename(other / "model-00001-of-00002.safetensors")
+    names = {"model.embed_tokens.weight": "model-00001-of-00002.safetensors",
+             "model.norm.weight": "model-00002-of-00002.safetensors"}
+    (other / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    code = train(other, rows(tmp_path / "a.jsonl", GOOD), tmp_path / "run")
+    refused(capsys, code, 2, "model-00002-of-00002.safetensors")
+
+
+def test_workdir_of_another_config_shows_the_difference(model, tmp_path, capsys):
+    data = rows(tmp_path / "a.jsonl", *[GOOD] * 16)
+    assert train(model, data, tmp_path / "run", "--config.train.max_steps=1") == 0
+    capsys.readouterr()
+    code = train(model, data, tmp_path / "run", "--config.train.max_steps=1", "--config.seed=5")
+    refused(capsys, code, 2, "seed")
