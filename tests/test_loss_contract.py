@@ -27,6 +27,7 @@ CONFIG = ModelConfig(
     vocab_size=V, width=16, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=8, mlp_width=32,
     kinds=(LayerKind(),) * 2, max_length=L, tie_embeddings=True,
 )  # fmt: skip
+QUICK = {"xla_backend_optimization_level": 0}  # compiling takes most of the time here
 SECTION = OptimizerSection(learning_rate=1e-4, schedule="constant", weight_decay=0.1)
 
 
@@ -62,6 +63,7 @@ def train(shape, devices=1, *, accumulation=1, packed=True, chunk=16, remat="non
     step = make_train_step(
         make_sft(model, chunk=chunk), optimizer, make_schedule(SECTION, STEPS), mesh, accumulation=accumulation
     )
+    step = step.lower(state, to_device(make_batch(0, packed), mesh)).compile(compiler_options=QUICK)
     losses, norms, after_5 = [], [], None
     for k in range(steps):
         state, metrics = step(state, to_device(make_batch(k, packed), mesh))
@@ -120,6 +122,17 @@ def test_the_contract_can_fail(reference):
     merged_BL = evaluate(batch._replace(segment_ids_BL=np.minimum(batch.segment_ids_BL, 1)))
     for wrong in (np.mean(halves), merged_BL.sum() / weights_BL.sum()):
         assert abs(wrong / reference[0][0] - 1) > 1e-5
+
+
+def test_evaluation_on_a_mesh():
+    batch, results = make_batch(0), []
+    for shape, devices in (({}, 1), ({"fsdp": 2, "context": 2, "tensor": 2}, 8)):
+        mesh = make_mesh(shape, jax.devices()[:devices])
+        step = make_eval_step(make_sft(Model(CONFIG, "llama", mesh=mesh)), mesh)
+        results.append(step(start_parameters(), {}, to_device(batch, mesh)))
+    np.testing.assert_allclose(results[1][0], results[0][0], rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(results[1][1], results[0][1])
+    assert results[1][0].is_fully_replicated
 
 
 def test_compute_in_bfloat16_stays_near(reference):

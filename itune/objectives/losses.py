@@ -101,12 +101,25 @@ def _spread(static: _Static, with_gradients: bool, kernel_VD: Any, hidden: Any, 
     kernel_spec = PartitionSpec("tensor" if split_vocab else None, None)
     hidden_spec = PartitionSpec(*rows, None)
     loss_specs = CrossEntropy(PartitionSpec(), rows, rows)
-    body = functools.partial(_local, static, with_gradients, row_axes, "tensor" if split_vocab else "")
+    scatter = "fsdp" in row_axes and kernel_VD.shape[1] % mesh.shape["fsdp"] == 0
+    gradient_specs = PartitionSpec(kernel_spec[0], "fsdp" if scatter else None), hidden_spec
+
+    def body(*arrays: Any) -> Any:
+        result, gradients = _local(static, with_gradients, row_axes, "tensor" if split_vocab else "", *arrays)
+        result = result._replace(loss_sum=jax.lax.psum(result.loss_sum, row_axes))
+        if gradients is None:
+            return result, None
+        dkernel_VD, dhidden = gradients
+        if scatter:  # each device keeps its columns, as it keeps its part of the parameter
+            dkernel_VD = jax.lax.psum_scatter(dkernel_VD, "fsdp", scatter_dimension=1, tiled=True)
+        others = tuple(axis for axis in row_axes if not (scatter and axis == "fsdp"))
+        return result, (jax.lax.psum(dkernel_VD, others), dhidden)
+
     return jax.shard_map(
         body,
         mesh=mesh,
         in_specs=(kernel_spec, hidden_spec, rows, rows),
-        out_specs=(loss_specs, (kernel_spec, hidden_spec) if with_gradients else None),
+        out_specs=(loss_specs, gradient_specs if with_gradients else None),
         check_vma=False,
     )(kernel_VD, hidden, targets, weights)
 
@@ -121,7 +134,7 @@ def _local(
     targets: Any,
     weights: Any,
 ) -> Any:
-    """CrossEntropy and gradients (the kernel's in float32) of the tokens of one device.
+    """CrossEntropy and gradients (the kernel's in float32) of the tokens of one device alone.
 
     `row_axes`: mesh axes over which tokens are spread; `vocab_axis`: the vocabulary's, "" where each device has it all.
     """
@@ -129,37 +142,36 @@ def _local(
     tokens = targets_T.shape[0]
     chunk = min(static.chunk, tokens)
     # places of the supervised tokens, in order; the rest points past the end, where reads clip and writes drop
-    places = jnp.nonzero(weights_T > 0, size=math.ceil(tokens / chunk) * chunk, fill_value=tokens)[0]
-    count = jnp.sum(weights_T > 0)
+    places = jnp.nonzero(weights_T > 0, size=math.ceil(tokens / chunk) * chunk)[0]
+    count, order = jnp.sum(weights_T > 0), jnp.arange(places.shape[0])
+    places = jnp.where(order < count, places, tokens + order)
     if row_axes:  # every device takes the same number of turns, whatever its own tokens
         count = jax.lax.pmax(count, row_axes)
     head = functools.partial(_chunk, static.logits_fn, with_gradients, vocab_axis, kernel_VD)
 
+    def write(array: Any, at: Any, values: Any) -> Any:
+        return array.at[at].set(values, mode="drop", unique_indices=True, indices_are_sorted=True)
+
     def turn(i: Any, carry: Any) -> Any:
         total, nll_T, correct_T, gradients = carry
         at = jax.lax.dynamic_slice_in_dim(places, i * chunk, chunk)
-        weights_C = jnp.where(at < tokens, weights_T.at[at].get(mode="clip"), 0)
-        nll_C, correct_C, chunk_gradients = head(
-            hidden_TD.at[at].get(mode="clip"), targets_T.at[at].get(mode="clip"), weights_C)
+        hidden_CD, targets_C, weights_C = (x.at[at].get(mode="clip") for x in (hidden_TD, targets_T, weights_T))
+        weights_C = jnp.where(at < tokens, weights_C, 0)
+        nll_C, correct_C, chunk_gradients = head(hidden_CD, targets_C, weights_C)
         if with_gradients:
             dkernel_VD, dhidden_TD = gradients
             dkernel_C, dhidden_C = chunk_gradients
-            gradients = (dkernel_VD + dkernel_C.astype(jnp.float32),
-                         dhidden_TD.at[at].set(dhidden_C.astype(dhidden_TD.dtype), mode="drop"))
-        nll_T = nll_T.at[at].set(nll_C, mode="drop")
-        return total + jnp.sum(weights_C * nll_C), nll_T, correct_T.at[at].set(correct_C, mode="drop"), gradients
+            dhidden_TD = write(dhidden_TD, at, dhidden_C.astype(dhidden_TD.dtype))
+            gradients = dkernel_VD + dkernel_C.astype(jnp.float32), dhidden_TD
+        total += jnp.sum(weights_C * nll_C)
+        return total, write(nll_T, at, nll_C), write(correct_T, at, correct_C), gradients
 
     zeros_T = jnp.zeros((tokens,), jnp.float32)
     gradients = (jnp.zeros(kernel_VD.shape, jnp.float32), jnp.zeros_like(hidden_TD)) if with_gradients else None
     carry = (jnp.zeros((), jnp.float32), zeros_T, zeros_T, gradients)
     total, nll_T, correct_T, gradients = jax.lax.fori_loop(0, (count + chunk - 1) // chunk, turn, carry)
     if gradients is not None:
-        dkernel_VD, dhidden_TD = gradients
-        if row_axes:
-            dkernel_VD = jax.lax.psum(dkernel_VD, row_axes)
-        gradients = dkernel_VD, dhidden_TD.reshape(hidden.shape)
-    if row_axes:
-        total = jax.lax.psum(total, row_axes)
+        gradients = gradients[0], gradients[1].reshape(hidden.shape)
     return CrossEntropy(total, nll_T.reshape(targets.shape), correct_T.reshape(targets.shape)), gradients
 
 
