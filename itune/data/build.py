@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from itune.data.formats import convert, detect_format
+from itune.data.formats import check_fields, convert, detect_format
 from itune.data.render import render_many, truncated
 from itune.data.sources import Row, Source
 from itune.data.split import Leaks, Split, hold_out
@@ -26,6 +26,7 @@ CHUNK = 256  # conversations that are encoded as one batch
 
 def conversations(section: Any, sources: list[Source]) -> Iterator[Conversation]:
     """Every row of the sources as a conversation, each source in its own format, at most `limit` rows of each."""
+    check_fields(section.fields)
     for source in sources:
         rows = source.rows()
         first = list(itertools.islice(rows, 8))

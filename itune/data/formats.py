@@ -27,6 +27,18 @@ def detect_format(rows: list[Row], fields: Mapping[str, str] | None = None) -> s
                      f"format ({wanted}), or set data.format and data.fields")
 
 
+def check_fields(fields: Mapping[str, str]) -> None:
+    """Raise InputError for a field map with a name that is none of ours, or that maps to something else than a name."""
+    ours = sorted({"role", "content", "from", "value"}.union(*SIGNS.values(), *OPTIONAL.values()))
+    for name, theirs in fields.items():
+        if name not in ours:
+            near = difflib.get_close_matches(name, ours, n=1, cutoff=0.5)
+            hint = f" (nearest: {near[0]})" if near else ""
+            raise InputError(f"data.fields: {name} is none of our fields{hint}; expected {', '.join(ours)}")
+        if not isinstance(theirs, str):
+            raise InputError(f"data.fields.{name}: found {_kind(theirs)}; expected the name of a field of the rows")
+
+
 def convert(row: Row, name: str, fields: Mapping[str, str] | None = None) -> Conversation:
     """The conversation of one row. `fields` maps our field names to the row's.
 

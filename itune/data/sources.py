@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import glob
 import hashlib
 import re
@@ -51,9 +52,7 @@ class Source:
                 with open(file, "rb") as stream:
                     hasher.update(hashlib.file_digest(stream, "sha256").digest())
         else:
-            dataset = _open_dataset(self)
-            print_of = getattr(dataset, "_fingerprint", None) or getattr(dataset, "fingerprint", None) or self.spec
-            hasher.update(str(print_of).encode())
+            hasher.update(_dataset_version(self).encode())
         return hasher.hexdigest()
 
 
@@ -161,15 +160,29 @@ def _read_parquet(file: str) -> Iterator[tuple[int, dict[str, Any]]]:
         raise InputError(f"{file}: not a readable Parquet file: {str(error).splitlines()[0]}") from error
 
 
+def _dataset_version(source: Source) -> str:
+    """What stands for a dataset's content: its library's fingerprint, or its name with version and split."""
+    if source.kind == "tfds":
+        tfds, name, split = _tfds(source)
+        return f"{tfds.builder(name).info.full_name}:{split}"
+    return str(_open_dataset(source)._fingerprint)
+
+
+def _tfds(source: Source) -> tuple[Any, str, str]:
+    """(library, name, split) of `tfds:name[:split]`."""
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise InputError(f"{source.spec} needs the extra: pip install 'itune[tfds]'") from error
+    name, _, split = source.spec.removeprefix("tfds:").partition(":")
+    return tfds, name, split or "train"
+
+
 def _open_dataset(source: Source) -> Any:
     """The dataset behind `owner/name[:split]`, a saved folder or `tfds:name[:split]`; train is the default split."""
     if source.kind == "tfds":
-        try:
-            import tensorflow_datasets as tfds
-        except ImportError as error:
-            raise InputError(f"{source.spec} needs the extra: pip install 'itune[tfds]'") from error
-        name, _, split = source.spec.removeprefix("tfds:").partition(":")
-        return tfds.as_numpy(tfds.load(name, split=split or "train", shuffle_files=False))
+        tfds, name, split = _tfds(source)
+        return tfds.as_numpy(tfds.load(name, split=split, shuffle_files=False))
     import datasets
 
     try:
@@ -177,7 +190,7 @@ def _open_dataset(source: Source) -> Any:
             found = datasets.load_from_disk(source.spec)
         else:
             name, _, split = source.spec.partition(":")
-            found = datasets.load_dataset(name, split=split or "train")
+            found = _from_hub(name, split or "train")
     except Exception as error:  # the library raises a dozen kinds: no network, no such id, no such split, bad files
         detail = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         raise InputError(f"dataset {source.spec} cannot be opened ({detail}); expected a file, a saved dataset folder, "
@@ -188,6 +201,13 @@ def _open_dataset(source: Source) -> Any:
                              f"expected one of them, as {source.spec}/SPLIT")
         return found["train"]
     return found
+
+
+@functools.lru_cache(maxsize=8)
+def _from_hub(name: str, split: str) -> Any:
+    import datasets
+
+    return datasets.load_dataset(name, split=split)
 
 
 def _plain(value: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from itune.data.formats import convert, detect_format
+from itune.data.formats import check_fields, convert, detect_format
 from itune.data.sources import Row
 from itune.types import Address, InputError
 
@@ -86,6 +86,14 @@ def test_faults_name_row_field_and_expectation(fault):
     fields, message = FAULTS[fault]
     with pytest.raises(InputError, match=r"^f\.jsonl:7: " + message):
         read(fields)
+
+
+def test_a_field_map_is_checked():
+    check_fields({"prompt": "question", "from": "speaker"})
+    with pytest.raises(InputError, match=r"data\.fields: promt is none of our fields \(nearest: prompt\)"):
+        check_fields({"promt": "question"})
+    with pytest.raises(InputError, match=r"data\.fields\.prompt: found a list"):
+        check_fields({"prompt": ["a", "b"]})
 
 
 def test_undetected_and_missing_fields():

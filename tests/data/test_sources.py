@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import zstandard
 from hypothesis import given, settings
@@ -71,6 +74,26 @@ def test_saved_dataset_and_hub_cache_miss(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match=r"dataset nobody/nothing cannot be opened .*expected a file"):
         rows_of("nobody/nothing")
+
+
+def test_tfds_through_its_interface(monkeypatch):
+    """The library is large and optional: a stand-in with the three calls that are made of it."""
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    with pytest.raises(InputError, match=r"tfds:toy needs the extra: pip install 'itune\[tfds\]'"):
+        rows_of("tfds:toy")
+    loaded = []
+
+    def load(name, split, shuffle_files):
+        loaded.append((name, split, shuffle_files))
+        return [{"prompt": b"caf\xc3\xa9", "n": np.int64(3), "ids": np.array([1, 2])}]
+
+    builder = SimpleNamespace(info=SimpleNamespace(full_name="toy/1.0.0"))
+    toy = SimpleNamespace(load=load, as_numpy=lambda rows: rows, builder=lambda name: builder)
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", toy)
+    rows = rows_of("tfds:toy:test")
+    assert rows[0].fields == {"prompt": "café", "n": 3, "ids": [1, 2]} and str(rows[0].address) == "tfds:toy:test:1"
+    assert loaded == [("toy", "test", False)]
+    assert open_sources("tfds:toy")[0].digest() != open_sources("tfds:toy:test")[0].digest()
 
 
 def test_parquet_lists_and_structs(tmp_path):

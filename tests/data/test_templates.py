@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+
 import pytest
 from tokenizers import AddedToken
+from transformers import AutoTokenizer
 
 from itune.data.render import render
 from itune.data.templates import load_tokenizer, require_template, with_template
@@ -72,3 +77,27 @@ def test_plain_text_never_becomes_an_added_token(make_hf, kind):
             assert made <= {tokenizer.hf.unk_token_id}, (text, made)
     if kind != "metaspace_first":  # which marks the first word of a text, and plain text follows other text
         assert tokenizer.encode_plain("How many foxes?") == tokenizer.backend.encode("How many foxes?").ids
+
+
+@pytest.mark.parametrize("declared", ["PreTrainedTokenizerFast", "TokenizersBackend"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "qwen2", "mistral"])
+def test_a_folder_gives_the_tokenizer_that_transformers_gives(make_hf, chat, tmp_path, family, declared):
+    with_template(make_hf(eos_token="<|endoftext|>"), "chatml").hf.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    stated = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**stated, "tokenizer_class": declared}))
+    judge, ours = AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(str(tmp_path))
+    assert ours.hf.backend_tokenizer.to_str() == judge.backend_tokenizer.to_str()
+    messages = chat("How many foxes?  ", "12\n\nfoxes")
+    assert render(messages, ours).token_ids.tolist() == list(judge.apply_chat_template(messages)["input_ids"])
+
+
+def test_reading_a_tokenizer_imports_neither_torch_nor_model_code(make_hf, tmp_path):
+    with_template(make_hf(), "chatml").hf.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    stated = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    stated["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(stated))
+    code = (f"import sys; from itune.data.templates import load_tokenizer; load_tokenizer({str(tmp_path)!r}); "
+            "sys.exit('torch' in sys.modules)")  # fmt: skip
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

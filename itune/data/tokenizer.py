@@ -1,0 +1,113 @@
+"""The tokenizer as rendering needs it: transformers' own, its core, and a twin that knows no added token."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from itune.types import InputError
+
+if TYPE_CHECKING:
+    from itune.data.templates import ChatTemplate
+
+
+class Tokenizer:
+    """A transformers fast tokenizer with its chat template, and what rendering needs to know of both.
+
+    hf: the transformers tokenizer; its chat template and eos are those in use, so `hf.save_pretrained` exports them.
+    vocab_size: ids it may give, added ones included; this may exceed the model's embedding. added_tokens: what the chat
+    template needed and the tokenizer lacked. end_of_turn_id: the added token that the template writes after an
+    assistant's content, None where it writes none. added: id -> added token. backend: its `tokenizers` core, whose
+    offsets are not trimmed and which adds nothing: the template writes all special tokens.
+    """
+
+    def __init__(self, hf: Any, template: ChatTemplate | None, added_tokens: tuple[str, ...] = ()):
+        from itune.data.render import end_of_turn
+
+        if not getattr(hf, "is_fast", False):
+            raise InputError(f"tokenizer {hf.name_or_path}: {type(hf).__name__} has no tokenizer.json; "
+                             "expected a fast tokenizer")
+        self.hf, self.added_tokens, self.source = hf, added_tokens, hf.chat_template
+        self.vocab_size = len(hf)
+        self.template = template
+        self.backend = copy.deepcopy(hf.backend_tokenizer)
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        self.backend.post_processor = None
+        self.added: dict[int, Any] = dict(hf.added_tokens_decoder)
+        self.is_added_V = np.zeros(max([self.vocab_size, *(index + 1 for index in self.added)]), bool)
+        self.is_added_V[list(self.added)] = True
+        self.structures: dict[str, Any] = {}  # what encode.py found out about the template
+        self.end_of_turn_id = end_of_turn(self) if self.template else None
+        self._text_end_id = hf.eos_token_id
+
+    @property
+    def eos_id(self) -> int | None:
+        return self.hf.eos_token_id
+
+    @property
+    def pad_id(self) -> int:
+        """What fills rows: never seen by the loss, which goes by segment ids."""
+        return next((i for i in (self.hf.pad_token_id, self.hf.eos_token_id) if i is not None), 0)
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end a generated answer: the end of a turn, and of text in training and in pretraining."""
+        return tuple(sorted({i for i in (self.end_of_turn_id, self.eos_id, self._text_end_id) if i is not None}))
+
+    @functools.cached_property
+    def plain_backend(self) -> Any:
+        """The same tokenizer without any added token: for text that must stay text."""
+        return _plain_backend(self.backend)
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Ids of text in which no added token is recognised."""
+        return self.plain_backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int] | np.ndarray, skip_special_tokens: bool = False) -> str:
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Hash of vocabulary, merges, added tokens, special tokens and chat template."""
+        hasher = hashlib.sha256(self.backend.to_str().encode())
+        hasher.update(json.dumps(self.hf.special_tokens_map, sort_keys=True, default=str).encode())
+        hasher.update((self.template.source if self.template else "").encode())
+        return hasher.hexdigest()
+
+
+def _plain_backend(backend: Any) -> Any:
+    """A copy without added tokens; those that the model's vocabulary holds too get a name that no text contains."""
+    from tokenizers import Tokenizer as Backend
+
+    state = json.loads(backend.to_str())
+    names = {token["content"] for token in state["added_tokens"]}
+    state["added_tokens"], state["post_processor"] = [], None
+    model = state["model"]
+    unknown = model.get("unk_token")
+    hidden = {name: f"\ufdef{index}\ufdef" for index, name in enumerate(sorted(names)) if name != unknown}
+    vocab = model["vocab"]
+    if isinstance(vocab, dict):
+        model["vocab"] = {hidden.get(piece, piece): index for piece, index in vocab.items()}
+    else:
+        model["vocab"] = [[hidden.get(piece, piece), score] for piece, score in vocab]
+    if "merges" in model:
+        pairs = [tuple(pair) if isinstance(pair, list) else tuple(pair.split(" ")) for pair in model["merges"]]
+        model["merges"] = [list(pair) for pair in pairs if not {pair[0], pair[1], "".join(pair)} & names]
+    _never_prepend(state.get("pre_tokenizer"))
+    return Backend.from_str(json.dumps(state))
+
+
+def _never_prepend(pre_tokenizer: Any) -> None:
+    """Metaspace marks the first word of a text only; what is encoded apart follows other text."""
+    if isinstance(pre_tokenizer, dict):
+        for part in pre_tokenizer.get("pretokenizers", ()):
+            _never_prepend(part)
+        if pre_tokenizer.get("type") == "Metaspace" and pre_tokenizer.get("prepend_scheme") == "first":
+            pre_tokenizer["prepend_scheme"] = "never"
