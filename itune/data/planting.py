@@ -57,7 +57,8 @@ def plant(conversations: Sequence[Conversation], kind: str, rate: float = 0.05, 
     rng = np.random.default_rng([seed, *kind.encode()])
     rows, out = Rows(conversations), list(conversations)
     wanted = max(1, round(rate * len(conversations)))
-    truth, origin = [], []
+    truth: list[int] = []
+    origin: list[int] = []
     for index in rng.permutation(len(conversations)).tolist():
         row = conversations[index]
         if len(truth) == wanted:
