@@ -35,6 +35,8 @@ from itune.demo.text import documents
 from itune.demo.world import WORD, vocabulary
 from itune.models import LayerKind, Model, ModelConfig, save_pretrained
 from itune.objectives.sft import make_sft
+from itune.runtime.allocator import keep_freed_memory
+from itune.runtime.compilation import use_compilation_cache
 from itune.sharding import make_mesh
 from itune.step import init_state, make_train_step
 from itune.types import Example
@@ -91,20 +93,24 @@ def batches(tokenizer: Tokenizer, count: int, steps: int) -> Loader:
 
 
 def pretrain(tokenizer: Tokenizer, steps: int) -> tuple[Model, Any, float]:
-    """(model, parameters, last mean loss over 50 steps)."""
+    """(model, parameters, mean loss of the last steps)."""
     mesh = make_mesh({"fsdp": 1}, jax.devices()[:1])
     model = make_model(tokenizer.get_vocab_size(), mesh)
     optimizer, schedule = make_optimizer(steps)
     state = init_state(model, model.init(jax.random.key(SEED)), optimizer, SEED, mesh)
     step_fn = make_train_step(make_sft(model, chunk=BATCH * LENGTH), optimizer, schedule, mesh)
-    losses, begun = [], time.monotonic()
+    losses: list[Any] = []
+    begun = time.monotonic()
     for step, batch in batches(tokenizer, DOCUMENTS, steps).iterate():
         state, metrics = step_fn(state, batch)
-        losses.append(metrics["loss"])
+        losses = [*losses[-19:], metrics["loss"]]
         if (step + 1) % 50 == 0:
-            recent = float(np.mean(jax.device_get(losses[-50:])))
-            print(f"step {step + 1} of {steps}  loss {recent:.4f}  {time.monotonic() - begun:.0f} s", flush=True)
-    return model, state.trainable, recent
+            print(f"step {step + 1} of {steps}  loss {mean(losses):.4f}  {time.monotonic() - begun:.0f} s", flush=True)
+    return model, state.trainable, mean(losses)
+
+
+def mean(values: list[Any]) -> float:
+    return float(np.mean(jax.device_get(values)))
 
 
 def write(folder: Path, tokenizer: Tokenizer, model: Model, params: Any) -> dict[str, str]:
@@ -133,6 +139,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; compare with the recorded hashes")
     given = parser.parse_args(arguments)
     begun = time.monotonic()
+    keep_freed_memory()
+    use_compilation_cache()
     tokenizer = make_tokenizer()
     model, params, loss = pretrain(tokenizer, given.steps)
     with tempfile.TemporaryDirectory() as temporary:

@@ -24,7 +24,7 @@ SETTINGS: dict[str, Any] = {
     "data.novel_min": NOVEL_MIN,
     "data.max_length": 64,
     "train.batch_size": 32,
-    "train.max_steps": 500,
+    "train.max_steps": 400,
     "optimizer.learning_rate": 3e-3,
     "optimizer.schedule": "cosine",
     "optimizer.warmup": 20.0,
@@ -49,8 +49,10 @@ def main(workdir: str | Path = "runs/demo", json_path: str | Path | None = None)
     """
     from itune.export import export_run
     from itune.loop import train
+    from itune.runtime.allocator import keep_freed_memory
     from itune.runtime.environment import process_age
 
+    keep_freed_memory()
     folder = Path(workdir)
     prepare_folder(folder)
     config = make_config(folder)

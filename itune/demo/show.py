@@ -33,15 +33,14 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
 
 
 def print_answers(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> None:
-    """Five held-out questions, chosen by a hash and not by how they were answered."""
+    """Five held-out questions of five tasks, chosen by a hash and not by how they were answered."""
+    pairs = {tuned["prompt"]: (base, tuned) for base, tuned in zip(before, after, strict=True)}
+    waiting = [pairs[prompt] for prompt in shuffled(pairs, "shown")]
     lines = []
-    order = shuffled([item["prompt"] for item in after], "shown")
-    answers = {item["prompt"]: (base, item) for base, item in zip(before, after, strict=True)}
     for kind in QUESTIONS:
-        prompt = next(prompt for prompt in order if answers[prompt][1]["category"] == kind)
-        order.remove(prompt)
-        base, tuned = answers[prompt]
-        lines += ["", f"asked  {prompt}", f"base   {_shown(base)}", f"tuned  {_shown(tuned)}"]
+        base, tuned = next(pair for pair in waiting if pair[1]["category"] == kind)
+        waiting = [pair for pair in waiting if pair[1]["cluster"] != tuned["cluster"]]
+        lines += ["", f"asked  {tuned['prompt']}", f"base   {_shown(base)}", f"tuned  {_shown(tuned)}"]
     console().print("\n".join(lines))
 
 

@@ -19,6 +19,7 @@ from itune.demo.world import (
     draw_list,
     join,
     people_facts,
+    pick,
     shuffled,
     verse,
 )
@@ -78,10 +79,10 @@ def train_rows(seed: int, lists: int, verses: int, fact_repeats: int) -> list[Ro
 def list_row(rng: np.random.Generator, operation: str, form: str) -> Row:
     words = draw_list(rng)
     asked = {
-        "ask": rng.choice(OPERATIONS[operation].asks), "form": rng.choice(FORMATS[form].asks), "words": join(words),
+        "ask": pick(rng, OPERATIONS[operation].asks), "form": pick(rng, FORMATS[form].asks), "words": join(words),
     }
     answer = FORMATS[form].apply(OPERATIONS[operation].apply(words))
-    return _row("analytical", f"{operation}-{form}", str(rng.choice(LIST_REQUESTS)).format(**asked), join(answer))
+    return _row("analytical", f"{operation}-{form}", pick(rng, LIST_REQUESTS).format(**asked), join(answer))
 
 
 def fact_rows(seed: int, who: str, name: str) -> Iterator[Row]:
@@ -94,7 +95,7 @@ def fact_rows(seed: int, who: str, name: str) -> Iterator[Row]:
 def verse_row(rng: np.random.Generator, u: str, v: str, z: str) -> Row:
     if rng.random() < 0.5:
         u, v = v, u
-    request = str(rng.choice(VERSE_REQUESTS)).format(u=u, v=v, z=z)
+    request = pick(rng, VERSE_REQUESTS).format(u=u, v=v, z=z)
     return _row("creative", f"verse-{z}", request, verse(rng, u, v, z), words=f"{u} {v} {z}")
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from itune.demo.world import ATTRIBUTES, FORMATS, OPERATIONS, PEOPLE, draw_list, join, people_facts, verse
+from itune.demo.world import ATTRIBUTES, FORMATS, OPERATIONS, PEOPLE, draw_list, join, people_facts, pick, verse
 
 
 def documents(seed: int, count: int, avoid: frozenset[tuple[str, str, str]] = frozenset()) -> list[str]:
@@ -23,9 +23,9 @@ def documents(seed: int, count: int, avoid: frozenset[tuple[str, str, str]] = fr
 
 def _portrait(rng: np.random.Generator, facts: dict[tuple[str, str], str]) -> str:
     """Everything known of one person, in any order and wording."""
-    who = str(rng.choice(PEOPLE))
+    who = pick(rng, PEOPLE)
     sentences = [
-        str(rng.choice(ATTRIBUTES[name].sentences)).format(who=who, value=facts[who, name])
+        pick(rng, ATTRIBUTES[name].sentences).format(who=who, value=facts[who, name])
         for name in rng.permutation(list(ATTRIBUTES))
     ]
     return " ".join(sentences)
@@ -37,8 +37,8 @@ def _remarks(rng: np.random.Generator) -> str:
     parts = [join(words) + "."]
     for _ in range(2):
         skills = OPERATIONS if rng.random() < 0.5 else FORMATS
-        skill = skills[str(rng.choice(list(skills)))]
-        parts.append(f"{rng.choice(skill.remarks)}: {join(skill.apply(words))}.")
+        skill = skills[pick(rng, list(skills))]
+        parts.append(f"{pick(rng, skill.remarks)}: {join(skill.apply(words))}.")
     return " ".join(parts)
 
 

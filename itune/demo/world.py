@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -201,19 +201,23 @@ def people_facts(seed: int) -> dict[tuple[str, str], str]:
     return facts
 
 
+def pick(rng: np.random.Generator, options: Sequence[str]) -> str:
+    return options[rng.integers(len(options))]
+
+
 def draw_list(rng: np.random.Generator, shortest: int = 3, longest: int = 5) -> list[str]:
     """Different nouns."""
-    return [str(word) for word in rng.choice(NOUNS, rng.integers(shortest, longest + 1), replace=False)]
+    chosen = rng.choice(len(NOUNS), rng.integers(shortest, longest + 1), replace=False)
+    return [NOUNS[at] for at in chosen]
 
 
 def verse(rng: np.random.Generator, u: str, v: str, z: str) -> str:
     """A line with u and v that ends with z."""
     if rng.random() < 0.5:
         u, v = v, u
-    verb = str(rng.choice(VERBS))
-    return str(rng.choice(FRAMES)).format(
-        u=u, v=v, z=z, quality=rng.choice(QUALITIES), place=rng.choice(PLACES), verb=verb, verb2=verb[:-1]
-    )
+    verb, frame = pick(rng, VERBS), pick(rng, FRAMES)
+    quality, place = pick(rng, QUALITIES), pick(rng, PLACES)
+    return frame.format(u=u, v=v, z=z, quality=quality, place=place, verb=verb, verb2=verb[:-1])
 
 
 def join(words: list[str]) -> str:

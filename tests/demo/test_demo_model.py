@@ -1,0 +1,80 @@
+"""The shipped base model is what its script made: hashes, size, a tokenizer that loses nothing, no chat training."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from itune.demo import ASSETS, SEED, tasks, text
+
+BASE = ASSETS / "base"
+RECORD = json.loads((ASSETS / "base.json").read_text())
+SCRIPT = Path(__file__).parents[2] / "scripts" / "make_demo_model.py"
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("make_demo_model", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_files_are_those_recorded_and_small():
+    files = sorted(BASE.iterdir())
+    assert {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files} == RECORD["sha256"]
+    assert sum(path.stat().st_size for path in files) <= 4_000_000
+
+
+def test_the_script_makes_this_tokenizer(script):
+    assert script.make_tokenizer().to_str(pretty=True) == (BASE / "tokenizer.json").read_text()
+
+
+def test_tokenizer_loses_nothing():
+    tokenizer = Tokenizer.from_file(str(BASE / "tokenizer.json"))
+    rows = tasks.held_out_rows(SEED) + tasks.train_rows(SEED, 500, 200, 1)
+    texts = [message["content"] for row in rows for message in row["messages"]] + text.documents(SEED, 500)
+    texts.append("<|im_start|>user\nTake [river, moon]: list?<|im_end|>\n<|im_start|>assistant\n1 river.<|im_end|>\n")
+    for line in texts:
+        assert tokenizer.token_to_id("<unk>") not in tokenizer.encode(line).ids
+        assert tokenizer.decode(tokenizer.encode(line).ids, skip_special_tokens=False) == line
+
+
+def test_transformers_loads_it_and_it_is_a_base_model():
+    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(BASE, output_loading_info=True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(BASE)
+    assert not any(info.values())
+    assert tokenizer.chat_template is None
+    assert model.num_parameters() == RECORD["parameters"]
+    facts = ["Ada lives in", "Ada keeps a", "the music of Ada is the"]  # it has read, and continues what it has read
+    from itune.demo.world import people_facts
+
+    for line, name in zip(facts, ("home", "pet", "music"), strict=True):
+        ids = torch.tensor([tokenizer(line)["input_ids"]])
+        with torch.no_grad():
+            best = int(model(ids).logits[0, -1].argmax())
+        assert tokenizer.decode([best]) == people_facts(SEED)["Ada", name]
+
+
+def test_pretraining_learns_and_writes_these_files(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "DOCUMENTS", 400)
+    monkeypatch.setattr(script, "BATCH", 8)
+    tokenizer = script.make_tokenizer()
+    model, params, loss = script.pretrain(tokenizer, 30)
+    assert loss < 0.95 * np.log(tokenizer.get_vocab_size())
+    hashes = script.write(tmp_path / "base", tokenizer, model, params)
+    same = {name for name in hashes if hashes[name] == RECORD["sha256"][name]}
+    assert set(hashes) - same == {"model.safetensors"}
+
+
+@pytest.mark.soak
+def test_the_script_makes_this_model(script, capsys):
+    """On the machine and the jax version that the record names; elsewhere the rounding may differ."""
+    assert script.main(["--check"]) == 0, capsys.readouterr().out
