@@ -4,6 +4,7 @@ import pytest
 
 from itune.progress import Progress, describe, format_seconds
 
+
 @pytest.fixture(autouse=True)
 def still_clock(monkeypatch):
     monkeypatch.setattr("itune.progress.time.monotonic", lambda: 100.0)
