@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from itune.models.architecture import LayerKind, ModelConfig, layer_plan
 from itune.models.attention import attention
-from itune.models.attention.cache import write
+from itune.models.attention.cache import read, write
 from itune.models.layers import MLP, Dense, RMSNorm, rope_tables, rotate
 from itune.sharding import constrain
 from itune.types import InputError
@@ -67,7 +67,7 @@ class Attention(nn.Module):
             query_BLNH, key_BLKH = rotate(query_BLNH, tables), rotate(key_BLKH, tables)
         if cache is not None:
             cache = write(cache, key_BLKH, value_BLKH, context.start)
-            key_BLKH, value_BLKH = cache["key"], cache["value"]
+            key_BLKH, value_BLKH = read(cache)
         mixed_BLNH = attention(
             query_BLNH,
             key_BLKH,

@@ -40,7 +40,7 @@ def test_cache_has_static_shapes_and_the_compute_dtype(make_model):
     model = make_model(num_layers=2)
     cache = model.init_cache(3, 10)
     pair = cache["blocks"][0]
-    assert pair["key"].shape == (2, 3, 10, 2, 8)
+    assert pair["key"].shape == (2, 3, 2, 10, 8)
     assert pair["value"].dtype == model.compute_dtype
     assert cache["rest"] == ()
     tokens = np.zeros((3, 4), np.int32)

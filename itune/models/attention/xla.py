@@ -63,10 +63,7 @@ def _block(
     kv_heads = key_BSKH.shape[2]
     precision = jax.lax.Precision.HIGHEST if query.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
     query_BLKGH = query_BLNH.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
-    scores = jnp.einsum(
-        "blkgh,bskh->bkgls", query_BLKGH, key_BSKH, precision=precision, preferred_element_type=jnp.float32
-    )
-    scores = scores * scale
+    scores = _scores(query_BLKGH, key_BSKH, precision) * scale
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
 
@@ -81,5 +78,32 @@ def _block(
     # a large finite number, so that a row without visible keys has a finite softmax and a finite gradient
     scores = jnp.where(visible_BLS[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    mixed = jnp.einsum("bkgls,bskh->blkgh", weights, value_BSKH, precision=precision)
+    mixed = _mixed(weights, value_BSKH, precision)
     return mixed.reshape(batch, length, heads, head_dim)
+
+
+def _scores(query_BLKGH, key_BSKH, precision):
+    """Products of queries and keys, float32 (B, K, G, L, S)."""
+    product = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
+    if not _by_head(query_BLKGH.shape[1]):
+        return product("blkgh,bskh->bkgls", query_BLKGH, key_BSKH)
+    heads = [product("bkh,bskh->bks", query_BLKGH[:, 0, :, g], key_BSKH) for g in range(query_BLKGH.shape[3])]
+    return jnp.stack(heads, axis=2)[:, :, :, None]
+
+
+def _mixed(weights_BKGLS, value_BSKH, precision):
+    """Values mixed by their weights, (B, L, K, G, H)."""
+    product = functools.partial(jnp.einsum, precision=precision)
+    if not _by_head(weights_BKGLS.shape[3]):
+        return product("bkgls,bskh->blkgh", weights_BKGLS, value_BSKH)
+    heads = [product("bks,bskh->bkh", weights_BKGLS[:, :, g, 0], value_BSKH) for g in range(weights_BKGLS.shape[2])]
+    return jnp.stack(heads, axis=2)[:, None]
+
+
+def _by_head(length: int) -> bool:
+    """Whether to multiply head by head: a decode step on CPU.
+
+    There a vector times a matrix is compiled in place; for the few query heads of a group XLA calls a library, once a
+    key head and row, which costs several times the product.
+    """
+    return length == 1 and jax.default_backend() == "cpu"
