@@ -45,6 +45,8 @@ def get_config() -> ConfigDict:
     c.train.remat = "none"  # recompute in the backward pass: none | full | dots (keep matrix products)
     c.train.deterministic = False  # bitwise repeatable on GPU, slower
     c.train.init_from = ""  # run directory whose trained parameters start this run
+    c.train.max_skipped = 3  # updates in a row whose loss or gradient is not finite: each is skipped, the last ends it
+    c.train.timeout = 1800.0  # seconds a step may take before the run writes all stacks and leaves; 0 is off
 
     c.optimizer = ConfigDict(convert_dict=False)
     c.optimizer.name = "adamw"  # adamw (as in torch), adafactor, sgd, or any optimizer of optax
@@ -75,6 +77,8 @@ def get_config() -> ConfigDict:
     c.checkpoint.every = 200  # steps; 0 saves at the end only
     c.checkpoint.keep = 2  # newest checkpoints that stay
     c.checkpoint.keep_best = ""  # evaluation metric whose best checkpoint stays too, such as heldout_loss/loss
+    c.checkpoint.keep_every = 0  # checkpoints whose step is a multiple of this stay too; 0 is off
+    c.checkpoint.minutes = 0.0  # saves when the last save is so many minutes ago, besides checkpoint.every; 0 is off
 
     c.eval = ConfigDict()
     c.eval.every = 0  # steps; 0 evaluates before and after training

@@ -77,6 +77,8 @@ class TrainSection:
     remat: Literal["none", "full", "dots"] = _key("none", "policy")
     deterministic: bool = _key(False, "yes or no")
     init_from: str = _key("", "run directory")
+    max_skipped: int = _key(3, "updates in a row", 1)
+    timeout: float = _key(1800.0, "seconds a step, 0 is off", 0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +117,8 @@ class CheckpointSection:
     every: int = _key(200, "steps, 0 is only at the end", 0)
     keep: int = _key(2, "newest checkpoints", 1)
     keep_best: str = _key("", "metric whose best checkpoint is kept")
+    keep_every: int = _key(0, "steps, 0 is off", 0)
+    minutes: float = _key(0.0, "minutes, 0 is off", 0.0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,14 +25,17 @@ from itune.runtime.compilation import use_compilation_cache, use_deterministic_k
 from itune.runtime.crash import shown_to, write_crash
 from itune.runtime.environment import environment, memory_in_use, process_age
 from itune.runtime.lock import RunLock
+from itune.runtime.marks import mark
 from itune.runtime.profiler import Profiler
 from itune.runtime.signals import StopRequest
+from itune.runtime.watchdog import Watchdog
 from itune.setup_run import check_resume, load_weights, local_rows, make_plan, prepare_data
-from itune.step import init_state
+from itune.step import all_finite, init_state
 from itune.types import InputError, RunError
 from itune.writers import Writers, cut_back, read_metrics, write_atomically
 
 OnStep = Callable[[int, Mapping[str, Any]], None]
+_SAVE, _STOP = 1, 2  # what processes ask of each other
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +96,8 @@ class Run:
         self.started = time.monotonic()
         self.done = 0
         self.saved_step = -1
+        self.saved_at = self.started
+        self.skipped = self.skipped_in_row = 0  # updates that were not finite
         self.judged: dict[int, set[str]] = {}
         self.profiler = Profiler(config.profile.steps, workdir)
         self.environment: dict[str, Any] = {}
@@ -101,6 +106,7 @@ class Run:
         self.store = Store(
             workdir / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_best,
             metrics=lambda step: evaluators.flatten(self._evaluation(step)), log=self.log,
+            keep_every=config.checkpoint.keep_every,
         )
 
     def run(self) -> Result:
@@ -117,6 +123,7 @@ class Run:
         if saved:
             check_resume(self.workdir, saved, self.config, data, self.log)
             self.done = self.saved_step = saved.step
+            self.skipped, self.skipped_in_row = saved.data.get("skipped", (0, 0))
             self.judged[self.done] = set(self._evaluation(self.done))
             self.store.set_aside_after(saved.step)
             self.metrics = next((r for r in reversed(logged) if r["step"] <= self.done), {})
@@ -169,8 +176,10 @@ class Run:
         waiting: collections.deque[tuple[int, Any]] = collections.deque()
         self.progress.begin(self.total, self.done)
         meter.restart()
-        stopped = agreement.exchange(self.stop.requested)
-        with contextlib.closing(batches), self.profiler:
+        watchdog = Watchdog(self.config.train.timeout, self._hung)
+        asked, self.saved_at = agreement.exchange(self._wish()), time.monotonic()
+        stopped = asked == _STOP
+        with contextlib.closing(batches), self.profiler, watchdog:
             for step, batch in () if stopped else feed(meter.count(batches), self.plan.mesh):
                 self.profiler.before(step)
                 state, metrics = compiled(state, batch)
@@ -178,16 +187,21 @@ class Run:
                 waiting.append((self.done, metrics))
                 self._read(waiting, meter, keep=1)
                 self.store.check()
-                stopped = agreement.exchange(self.stop.requested)
+                watchdog.beat()
+                asked = agreement.exchange(self._wish())
+                stopped = asked == _STOP
                 if stopped:
                     break
-                if not (self._save_due(self.done) or self._evaluation_due(self.done)):
+                # a wish is seen again by the step after it
+                save = self._save_due(self.done) or (asked == _SAVE and self.done > self.saved_step + 1)
+                if not (save or self._evaluation_due(self.done)):
                     continue
-                self._read(waiting, meter, keep=0)  # a state that is not finite is never saved
-                if self._save_due(self.done):
+                self._read(waiting, meter, keep=0)
+                if save:
                     self._save(state)
                 if self._evaluation_due(self.done):
-                    self._evaluate(state)
+                    with watchdog.paused():
+                        self._evaluate(state)
                 meter.restart()
                 self.progress.start_clock(self.done)
             self._read(waiting, meter, keep=0)
@@ -203,12 +217,8 @@ class Run:
             if "first_step" not in self.seconds:
                 self.seconds["first_step"] = time.monotonic() - self.started
                 self.seconds["first_step_of_process"] = process_age()
-            if not values.pop("finite"):
-                rows = [address for row in self.data.loader.addresses(step - 1) for address in row]
-                raise RunError(
-                    f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}: not finite. Its batch "
-                    f"holds {len(rows)} examples: {', '.join(rows[:8])}{' ...' if len(rows) > 8 else ''}"
-                )
+            mark("step", step)
+            self._count_skipped(step, values, finite=values.pop("finite"))
             meter.add(step, values)
             if self.on_step:
                 self.on_step(step, values)
@@ -221,16 +231,54 @@ class Run:
             self.progress.show(step, self.metrics)
             if self.writers:
                 self.writers.write(step, self.metrics)
+            mark("logged", step)
+
+    def _count_skipped(self, step: int, values: dict[str, Any], finite: bool) -> None:
+        """Count and tell an update that was skipped; raise RunError after `train.max_skipped` in a row."""
+        self.skipped, self.skipped_in_row = (self.skipped, 0) if finite else (self.skipped + 1, self.skipped_in_row + 1)
+        values["skipped"] = self.skipped
+        if finite:
+            return
+        text = (f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}: not finite; the update was "
+                f"skipped ({self.skipped_in_row} in a row). {self._examples(step)}")
+        if self.skipped_in_row >= self.config.train.max_skipped:
+            latest = self.store.latest()
+            kept = "there is no checkpoint" if latest is None else f"the checkpoint of step {latest} is kept"
+            raise RunError(f"{text}; {kept}")
+        self.log(text)
+
+    def _examples(self, step: int) -> str:
+        rows = [address for row in self.data.loader.addresses(step - 1) for address in row]
+        return f"Its batch holds {len(rows)} examples: {', '.join(rows[:8])}{' ...' if len(rows) > 8 else ''}"
+
+    def _hung(self, seconds: float) -> str:
+        """What the watchdog says of the step that does not end, after a record of it was written."""
+        step = self.done + 1
+        text = f"step {step} has not ended for {seconds:.0f} s (train.timeout). {self._examples(step)}"
+        path = self.workdir / "crash.json"
+        if self.first:
+            path = write_crash(self.workdir, RunError(text), self.facts(wait=False))
+        return f"{text}; all stacks stand above (details: {path})"
+
+    def _wish(self) -> int:
+        """What this process asks of all at this step: to stop, to save because it is time, or nothing."""
+        if self.stop.requested:
+            return _STOP
+        minutes = self.config.checkpoint.minutes
+        return _SAVE if self.first and minutes and time.monotonic() - self.saved_at >= 60 * minutes else 0
 
     def _save_due(self, step: int) -> bool:
         every = self.config.checkpoint.every
         return bool(every and step % every == 0)
 
     def _save(self, state: Any) -> None:
+        if not _all_finite((state.trainable, state.opt_state)):
+            raise RunError(f"step {self.done}: parameters or optimizer state are not finite; they are not saved")
         data = {"fingerprint": self.data.loader.fingerprint, "step": self.done, "total_steps": self.total,
-                "seed": self.config.seed, "mesh": dict(self.plan.mesh.shape), "processes": jax.process_count()}
+                "seed": self.config.seed, "mesh": dict(self.plan.mesh.shape), "processes": jax.process_count(),
+                "skipped": [self.skipped, self.skipped_in_row]}
         self.store.save(self.done, state, data=data, config=self.config.to_dict())
-        self.saved_step = self.done
+        self.saved_step, self.saved_at = self.done, time.monotonic()
 
     def _evaluation_due(self, step: int) -> bool:
         every = self.config.eval.every
@@ -242,6 +290,7 @@ class Run:
         for name in self._unjudged():
             if self.stop.requested and jax.process_count() == 1:
                 break
+            mark("evaluate-begin", self.done)
             with self._timed("evaluate"):
                 results = evaluators.evaluate(
                     self.config, self.plan.model, state.trainable, data.tokenizer, data.dataset, folder, [name]
@@ -251,6 +300,7 @@ class Run:
             self.log(f"step {self.done}  {name}: {_shown(results[name])}")
             if self.writers:
                 self.writers.write_evaluation(self.done, numbers)
+            mark("evaluated", self.done)
         self.store.retain()
 
     def _finish(self) -> Result:
@@ -304,9 +354,10 @@ class Run:
             rejects = "".join(json.dumps(row) + "\n" for row in self.data.dataset.rejects())
             write_atomically(self.workdir / "data" / "rejects.jsonl", rejects)
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self, wait: bool = True) -> dict[str, Any]:
         """What a crash record says about this run, once a save that was under way has ended."""
-        self.store.close()
+        if wait:
+            self.store.close()
         return {"step": self.done, "last_checkpoint": self.store.latest(), "last_events": list(self.events),
                 "environment": self.environment, "config": self.config.to_dict()}
 
@@ -325,6 +376,9 @@ class Run:
         begun = time.monotonic()
         yield
         self.seconds[phase] += time.monotonic() - begun
+
+
+_all_finite = jax.jit(all_finite)
 
 
 def _shown(summary: Mapping[str, Any], most: int = 4) -> str:

@@ -119,7 +119,8 @@ def make_train_step(
     Row r belongs to micro-batch r mod `accumulation`, so that every device keeps its rows. Gradients of the loss sums
     are divided once by the weight sum of the whole batch, then clipped to the global norm `clip_norm` (0: not).
     Metrics (device scalars): loss (what is minimised), grad_norm (before clipping), learning_rate (the one used),
-    accuracy, supervised_tokens (weight above 0), tokens (padding left out), finite (loss and norm are).
+    accuracy, supervised_tokens (weight above 0), tokens (padding left out), finite (loss and norm are; if not,
+    parameters and moments stay as they were).
     Raises InputError at the first call when the batch cannot be cut.
     """
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -133,6 +134,9 @@ def make_train_step(
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         loss = sums["loss"] * inverse
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        trainable = _chosen(finite, trainable, state.trainable)
+        opt_state = _chosen(finite, opt_state, state.opt_state)
         metrics = {
             "loss": loss,
             "grad_norm": grad_norm,
@@ -140,11 +144,25 @@ def make_train_step(
             "accuracy": sums["correct"] / jnp.maximum(sums["supervised_tokens"], 1),
             "supervised_tokens": sums["supervised_tokens"],
             "tokens": sums["tokens"],
-            "finite": jnp.isfinite(loss) & jnp.isfinite(grad_norm),
+            "finite": finite,
         }
         return state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state), metrics
 
     return TrainStep(train_step)
+
+
+def _chosen(finite: Any, new: Any, old: Any) -> Any:
+    """`new` where the step was finite. Counters advance all the same: the learning rate stays that of the step."""
+    def choose(after: Any, before: Any) -> Any:
+        return jnp.where(finite, after, before) if jnp.issubdtype(after.dtype, jnp.inexact) else after
+
+    return jax.tree.map(choose, new, old)
+
+
+def all_finite(tree: Any) -> Any:
+    """Whether every number of a pytree is finite: a boolean scalar on the devices."""
+    found = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return jnp.stack(found).all() if found else jnp.ones((), bool)
 
 
 def _accumulate(

@@ -232,8 +232,11 @@ def test_loss_that_is_not_finite_ends_the_run_and_is_never_saved(inputs, tmp_pat
         return state.replace(trainable=jax.tree.map(lambda x: x * np.nan, state.trainable))
 
     monkeypatch.setattr("itune.loop.init_state", poisoned)
-    with pytest.raises(RunError, match=r"step 1: loss nan, .* not finite\. Its batch holds \d+ examples: .*jsonl:\d+"):
-        train(settings(inputs, evaluators=()), tmp_path / "run")
+    message = r"step 1: loss nan, .* not finite; .*skipped \(1 in a row\)\. Its batch holds \d+ examples: .*jsonl:\d+"
+    with pytest.raises(RunError, match=message + ".*; there is no checkpoint"):
+        train(settings(inputs, evaluators=(), train__max_skipped=1), tmp_path / "run")
+    with pytest.raises(RunError, match="step 1: parameters or optimizer state are not finite; they are not saved"):
+        train(settings(inputs, evaluators=(), checkpoint__every=1), tmp_path / "run")
     store = Store(tmp_path / "run" / "checkpoints")
     assert store.steps() == []
 

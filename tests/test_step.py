@@ -120,6 +120,52 @@ def test_no_weight_changes_nothing_and_broken_weights_show(sharded):
     assert not bool(sharded.step(state, to_device(make_batch(), sharded.mesh))[1]["finite"])
 
 
+BAD = ("nan loss", "inf loss", "gradient")
+
+
+def spoiled_by(what):
+    """A batch whose row 3 of eight makes the objective below fail in this way."""
+    batch = make_batch()
+    batch.tokens_BL[:, 0] = 0
+    batch.tokens_BL[3, 0] = V - 1 - BAD.index(what)
+    return batch
+
+
+def failing(objective):
+    """By the token that begins row 3: NaN or infinity joins the loss, or infinity one gradient and 0 the loss."""
+    def loss(trainable, frozen, batch, rng):
+        total, weight, metrics = objective(trainable, frozen, batch, rng)
+        sign, some = V - 1 - batch.tokens_BL[3, 0], jax.tree.leaves(trainable)[0].sum()
+        inner = jnp.where(sign == 2, some - jax.lax.stop_gradient(some), 1)
+        extra = jnp.where(inner == 0, jnp.sqrt(inner), 0)
+        return total + jnp.where(sign == 0, jnp.nan, jnp.where(sign == 1, jnp.inf, extra)), weight, metrics
+
+    return dataclasses.replace(objective, loss=loss)
+
+
+def test_update_that_is_not_finite_on_one_shard_is_skipped_everywhere():
+    mesh, model = make_mesh({"fsdp": 8}), Model(CONFIG, "llama")
+    model = dataclasses.replace(model, mesh=mesh)
+    optimizer = make_optimizer(SECTION, 10)
+    step = make_train_step(failing(make_sft(model)), optimizer, make_schedule(SECTION, 10), mesh)
+    params = on_host(dataclasses.replace(model, mesh=None).init(jax.random.key(0)))
+    state = init_state(model, params, optimizer, 0, mesh)
+    state, _ = step(state, to_device(make_batch(seed=1), mesh))
+    for what in BAD:
+        before = on_host(state)
+        state, metrics = step(state, to_device(spoiled_by(what), mesh))
+        after = on_host(state)
+        assert not bool(metrics["finite"]), what
+        assert np.isfinite(metrics["loss"]) == (what == "gradient")
+        assert jax.tree.all(jax.tree.map(np.array_equal, before.trainable, after.trainable)), what
+        assert jax.tree.all(jax.tree.map(np.array_equal, before.opt_state.mu, after.opt_state.mu)), what
+        assert jax.tree.all(jax.tree.map(np.array_equal, before.opt_state.nu, after.opt_state.nu)), what
+        assert after.step == before.step + 1 == after.opt_state.count  # the learning rate stays that of the step
+    state, metrics = step(state, to_device(make_batch(seed=2), mesh))
+    assert bool(metrics["finite"]) and metrics["learning_rate"] == make_schedule(SECTION, 10)(4)
+    assert not jax.tree.all(jax.tree.map(np.array_equal, before.trainable, on_host(state.trainable)))
+
+
 class Table:
     """A model whose hidden states are rows of a table: enough to train an adapter on."""
 

@@ -15,6 +15,8 @@ CLASSES: dict[str, str] = {
     "train.accumulation": "rounding",
     "train.remat": "rounding",
     "train.deterministic": "rounding",
+    "train.max_skipped": "may",
+    "train.timeout": "may",
     "loss.chunk": "rounding",
     "model.attention": "rounding",
     "mesh": "rounding",

@@ -24,10 +24,14 @@ def best_step(metrics_by_step: Mapping[int, Mapping[str, float]], metric: str) -
     return min(scored)[1] if scored else None
 
 
-def steps_to_delete(metrics_by_step: Mapping[int, Mapping[str, float]], keep: int, keep_best: str = "") -> list[int]:
-    """The steps that neither the newest `keep` nor the best by `keep_best` cover, oldest first."""
+def steps_to_delete(
+    metrics_by_step: Mapping[int, Mapping[str, float]], keep: int, keep_best: str = "", keep_every: int = 0
+) -> list[int]:
+    """The steps that the newest `keep`, the best by `keep_best` and multiples of `keep_every` leave, oldest first."""
     steps = sorted(metrics_by_step)
     staying = set(steps[-keep:])
     if keep_best and (best := best_step(metrics_by_step, keep_best)) is not None:
         staying.add(best)
+    if keep_every:
+        staying |= {step for step in steps if step % keep_every == 0}
     return [step for step in steps if step not in staying]

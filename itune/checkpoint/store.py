@@ -24,6 +24,7 @@ import jax
 from itune.checkpoint import manifest as manifests
 from itune.checkpoint.retention import steps_to_delete
 from itune.runtime.distributed import meet
+from itune.runtime.marks import mark
 from itune.types import InputError, RunError
 
 _TEMPORARY = ".tmp-"
@@ -53,6 +54,7 @@ class Store:
       keep_best: a metric whose best checkpoint stays too, such as `heldout_loss/loss`.
       metrics: step -> numbers of its evaluation, named as `keep_best` names them; {} where there was none.
       log: takes one line of text.
+      keep_every: checkpoints whose step is a multiple of this stay too; 0 is none.
 
     With several processes every one calls the same methods at the same steps; the folder must be shared by all.
     """
@@ -60,9 +62,11 @@ class Store:
     def __init__(
         self, folder: str | os.PathLike, keep: int = 2, keep_best: str = "", *,
         metrics: Callable[[int], Mapping[str, float]] = _no_metrics, log: Callable[[str], None] = print,
+        keep_every: int = 0,
     ) -> None:
         self.folder = Path(folder).absolute()
         self.keep, self.keep_best, self.metrics, self.log = keep, keep_best, metrics, log
+        self.keep_every = keep_every
         self.stall_seconds = 0.0  # time that calls to `save` kept the caller waiting
         self._thread: threading.Thread | None = None
         self._failure: RunError | None = None
@@ -173,6 +177,7 @@ class Store:
         started = time.monotonic()
         self.wait()
         self.check_space(state)
+        mark("save-begin", step)
         temporary = self.folder / f"{_TEMPORARY}{step}"
         run = {"step": step, "data": dict(data), "config": dict(config), "arrays": describe(state)}
         try:
@@ -191,7 +196,7 @@ class Store:
         if jax.process_index() == 0:
             with self._deleting:
                 found = {step: self.metrics(step) for step in self.steps()}
-                for step in steps_to_delete(found, self.keep, self.keep_best):
+                for step in steps_to_delete(found, self.keep, self.keep_best, self.keep_every):
                     self._remove(self.path(step))
 
     def check(self) -> None:
@@ -227,11 +232,15 @@ class Store:
     def _finish(self, step: int, temporary: Path, run: dict[str, Any], response: Any) -> None:
         try:
             response.result()
+            mark("arrays-written", step)
             if jax.process_index() == 0:
                 (temporary / "run.json").write_text(json.dumps(run, indent=1) + "\n")
                 manifests.write_manifest(temporary, step=step)
+                mark("before-commit", step)
                 self._commit(step, temporary)
+                mark("committed", step)
                 self.retain()
+                mark("retained", step)
         except BaseException as error:  # handed to the loop, which raises it at its next step
             self._discard(temporary)
             self._failure = self._failed(step, error)
@@ -241,7 +250,6 @@ class Store:
             self._remove(self.path(step))
         os.rename(temporary, self.path(step))
         manifests.sync_folder(self.folder)
-
 
     def _remove(self, path: Path) -> None:
         """Delete a checkpoint: renamed first, so that no reader ever sees half of it."""

@@ -104,8 +104,8 @@ class Agreement:
             self._sharding = NamedSharding(mesh, every_device)
             self._max = jax.jit(lambda flags: flags.max(), out_shardings=NamedSharding(mesh, PartitionSpec()))
 
-    def exchange(self, flag: bool) -> bool:
-        """Contribute `flag`; return whether any process had raised it at the previous call."""
+    def exchange(self, flag: int) -> int:
+        """Contribute `flag`; return the highest that any process had raised at the previous call."""
         if self._alone:
             return flag
         previous = self._pending
@@ -114,4 +114,4 @@ class Agreement:
             shape, self._sharding, lambda index: np.full(shape, flag, np.int32)[index]
         )
         self._pending = self._max(flags)
-        return previous is not None and bool(previous)
+        return 0 if previous is None else int(previous)

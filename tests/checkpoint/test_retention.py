@@ -21,3 +21,7 @@ def test_deletes_what_neither_rule_covers():
     assert steps_to_delete(metrics, keep=2) == [0, 1, 2, 3]
     assert steps_to_delete(metrics, keep=2, keep_best="a/loss") == [0, 1, 3]
     assert steps_to_delete(metrics, keep=9) == []
+
+
+def test_multiples_stay():
+    assert steps_to_delete({step: {} for step in range(1, 9)}, keep=1, keep_every=3) == [1, 2, 4, 5, 7]
