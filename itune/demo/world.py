@@ -202,7 +202,7 @@ def people_facts(seed: int) -> dict[tuple[str, str], str]:
 
 
 def pick(rng: np.random.Generator, options: Sequence[str]) -> str:
-    return options[rng.integers(len(options))]
+    return options[int(rng.integers(len(options)))]
 
 
 def draw_list(rng: np.random.Generator, shortest: int = 3, longest: int = 5) -> list[str]:

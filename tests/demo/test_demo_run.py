@@ -70,7 +70,7 @@ def _slowness() -> float:
 def test_output_shows_what_was_won(finished):
     output, numbers, _ = finished
     table = ("analytical", "factual", "creative", "base", "tuned", "difference", "95 % interval")
-    for part in (*table, f"{numbers['tuned']:.1%}", "itune chat --model", "--config.data.train=", "proof: loaded again"):
+    for part in (*table, f"{numbers['tuned']:.1%}", "itune chat --model", "--config.data.train=", "loaded again"):
         assert part in output
     assert output.count("asked  ") == output.count("\ntuned  ") == 5
     assert "\x1b" not in output  # no terminal, no colours
