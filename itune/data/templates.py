@@ -39,9 +39,20 @@ ZEPHYR = """\
 {{- '<|assistant|>\\n' }}
 {%- endif %}"""
 
-SHIPPED = {"chatml": CHATML, "llama3": LLAMA3, "zephyr": ZEPHYR}
-# Roles become markers in the zephyr template, so its tokens cannot be read off its text.
-SHIPPED_TOKENS = {"zephyr": ("<|system|>", "<|user|>", "<|assistant|>")}
+# Tulu 3 (Lambert et al. 2024): its markers are ordinary text, and only the tokenizer's eos ends a turn.
+TULU = """\
+{%- for message in messages %}
+{{- '<|' + message['role'] + '|>\\n' + message['content'] }}
+{%- if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}
+{%- if not loop.last or message['role'] != 'assistant' %}{{ '\\n' }}{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- '<|assistant|>\\n' }}
+{%- endif %}"""
+
+SHIPPED = {"chatml": CHATML, "llama3": LLAMA3, "tulu": TULU, "zephyr": ZEPHYR}
+# Roles become markers in these templates, so the tokens they need cannot be read off their text.
+SHIPPED_TOKENS = {"tulu": (), "zephyr": ("<|system|>", "<|user|>", "<|assistant|>")}
 # Model types for which transformers believes a folder that declares a generic fast tokenizer.
 PLAIN_TYPES = ("llama", "qwen3")
 MARKER = re.compile(r"<\|[^|<>\s'\"+]+\|>")
@@ -81,7 +92,7 @@ class ChatTemplate:
 def load_tokenizer(path: str, chat_template: str = "", revision: str | None = None) -> Tokenizer:
     """The tokenizer of a folder or hub id, with its own chat template or the one that `chat_template` names.
 
-    `chat_template` is a shipped name (chatml, llama3, zephyr) or a file; the tokens that it writes as `<|...|>` and the
+    `chat_template` is a shipped name (chatml, llama3, tulu, zephyr) or a file; the tokens that it writes as `<|...|>` and the
     tokenizer lacks are added, and eos becomes its end-of-turn token, so that an exported model stops where it should.
     Raises InputError for a missing tokenizer, and for a missing template with the names available.
     """
@@ -147,7 +158,7 @@ def _template_source(name: str, where: str) -> tuple[str, tuple[str, ...]]:
     """(Jinja text, tokens it needs) of a shipped name or a file."""
     if name in SHIPPED:
         source = SHIPPED[name]
-        return source, SHIPPED_TOKENS.get(name) or tuple(dict.fromkeys(MARKER.findall(source)))
+        return source, SHIPPED_TOKENS[name] if name in SHIPPED_TOKENS else tuple(dict.fromkeys(MARKER.findall(source)))
     path = Path(name).expanduser()
     if not path.is_file():
         near = difflib.get_close_matches(name, SHIPPED, n=1, cutoff=0.4)

@@ -15,7 +15,8 @@ from itune.data.templates import load_tokenizer, require_template, with_template
 from itune.types import InputError
 
 
-@pytest.mark.parametrize("name, end", [("chatml", "<|im_end|>"), ("llama3", "<|eot_id|>"), ("zephyr", "<|endoftext|>")])
+@pytest.mark.parametrize("name, end", [("chatml", "<|im_end|>"), ("llama3", "<|eot_id|>"), ("zephyr", "<|endoftext|>"),
+                                       ("tulu", "<|endoftext|>")])
 def test_a_shipped_template_brings_its_tokens_and_its_end(make_hf, name, end, tmp_path):
     hf = make_hf(bos_token="<|endoftext|>", eos_token="<|endoftext|>")
     size = len(hf)
@@ -41,7 +42,7 @@ def test_a_template_file_and_the_tokens_it_writes(make_hf, tmp_path):
 
 
 def test_what_is_missing_is_named_with_the_choices(make_hf, tmp_path):
-    with pytest.raises(InputError, match=r"no template is called chatlm \(nearest: chatml\).*chatml, llama3, zephyr"):
+    with pytest.raises(InputError, match=r"no template is called chatlm \(nearest: chatml\).*chatml, llama3, tulu, zephyr"):
         with_template(make_hf(), "chatlm")
     with pytest.raises(InputError, match=r"no chat template; expected data\.chat_template to be one of chatml"):
         require_template(with_template(make_hf()))
