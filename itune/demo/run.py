@@ -11,11 +11,18 @@ from itune.config import Config, load_config
 from itune.demo import ASSETS, SEED, tasks
 from itune.demo.show import print_answers, print_next, print_table
 from itune.evaluators.stats import clustered_mean, paired_difference
-from itune.types import InputError
+from itune.runtime.lock import RunLock
+from itune.types import InputError, RunError
 
 LISTS, VERSES, FACT_REPEATS = 9000, 1600, 3  # rows of the training file
 NOVEL_MIN = 550  # fewer novel held-out prompts would be a fault
-MARKER = "demo"  # folder of the generated files, by which an earlier demo is recognised
+FILES = "demo"  # folder of the generated instructions
+MARKER = Path(FILES) / "README.txt"  # by which an earlier demo is recognised
+MARKED = "The instructions of `itune demo`. The next demo in the folder above replaces what this one left there.\n"
+LEFT_BY_A_RUN = (
+    FILES, "checkpoints", "config.json", "crash.json", "data", "demo.json", "environment.json", "eval", "export",
+    "metrics.jsonl", "report.html", "summary.json", "tensorboard",
+)  # fmt: skip
 
 SETTINGS: dict[str, Any] = {
     "evaluators": ("heldout_loss", "generation"),
@@ -45,7 +52,7 @@ def main(workdir: str | Path = "runs/demo", json_path: str | Path | None = None)
     base, tuned: share of held-out answers that are right. difference, low, high: their paired difference with its 95 %
     interval clustered by task. novel: held-out prompts, none of which is trained on. seconds: since the command began.
     export: folder of the tuned model. max_abs_logit_difference: of that folder, loaded again, from the trained model.
-    An earlier demo in `workdir` is replaced; anything else there is refused (InputError).
+    An earlier demo in `workdir` is replaced; anything else there is refused (InputError). Raises RunError when stopped.
     """
     from itune.export import export_run
     from itune.loop import train
@@ -58,6 +65,8 @@ def main(workdir: str | Path = "runs/demo", json_path: str | Path | None = None)
     config = make_config(folder)
     print(f"itune demo: a small base model learns to follow instructions, in {folder}; a few minutes on a CPU, offline")
     result = train(config, folder)
+    if result.preempted:
+        raise RunError(f"the demo was stopped after step {result.step}; the same command starts it afresh")
     exported = export_run(folder, folder / "export")
     before, after = (read_items(folder / "eval" / str(step) / "generation.jsonl") for step in (0, result.step))
     numbers = compare(before, after) | {
@@ -77,21 +86,24 @@ def main(workdir: str | Path = "runs/demo", json_path: str | Path | None = None)
 
 
 def prepare_folder(folder: Path) -> None:
-    """Make the folder new, with the instructions in it: an earlier demo goes, other files are not touched."""
+    """Make the folder new, with the instructions in it: what an earlier demo left goes, other files stay."""
     if folder.is_dir() and any(folder.iterdir()):
-        if not (folder / MARKER).is_dir():
+        if not (folder / MARKER).is_file():
             found = ", ".join(sorted(path.name for path in folder.iterdir())[:4])
             raise InputError(f"{folder}: is not empty and no earlier demo (it has {found}); choose another --workdir")
-        print(f"the earlier demo in {folder} is replaced")
-        shutil.rmtree(folder)
-    (folder / MARKER).mkdir(parents=True)
-    write_rows(folder / MARKER / "train.jsonl", tasks.train_rows(SEED, LISTS, VERSES, FACT_REPEATS))
-    write_rows(folder / MARKER / "held_out.jsonl", tasks.held_out_rows(SEED))
+        with RunLock(folder):
+            print(f"the earlier demo in {folder} is replaced")
+            for path in [folder / name for name in LEFT_BY_A_RUN if (folder / name).exists()]:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (folder / FILES).mkdir(parents=True)
+    (folder / MARKER).write_text(MARKED)
+    write_rows(folder / FILES / "train.jsonl", tasks.train_rows(SEED, LISTS, VERSES, FACT_REPEATS))
+    write_rows(folder / FILES / "held_out.jsonl", tasks.held_out_rows(SEED))
 
 
 def make_config(folder: Path) -> Config:
     """The config of the run: what `itune train --config runs/demo/config.json` would read."""
-    files = {"train": folder / MARKER / "train.jsonl", "eval": folder / MARKER / "held_out.jsonl"}
+    files = {"train": folder / FILES / "train.jsonl", "eval": folder / FILES / "held_out.jsonl"}
     paths = {"model.path": str(ASSETS / "base"), **{f"data.{name}": str(path) for name, path in files.items()}}
     return load_config("default", {**SETTINGS, **paths})
 

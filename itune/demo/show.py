@@ -59,6 +59,7 @@ proof: loaded again, its logits differ from the trained model's by at most {numb
 
 next:
   itune chat --model {model} --max-new-tokens 24
+      it knows the demo's words only; ask: Please reverse the order and use commas: river moon sun
   itune data show --config {at}/config.json
   itune train --config sft --config.model.path=MODEL --config.data.train=YOUR.jsonl --workdir runs/mine""")
 

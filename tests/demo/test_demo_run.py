@@ -17,7 +17,8 @@ import pytest
 from itune.config import load_config
 from itune.demo import run as demo
 from itune.demo import tasks
-from itune.types import InputError
+from itune.runtime.lock import RunLock
+from itune.types import InputError, RunError
 
 ROOT = Path(__file__).parents[2]
 
@@ -106,7 +107,8 @@ def test_report_and_config_stand(finished):
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("do not lose this")
-    with pytest.raises(InputError, match=r"no earlier demo \(it has thesis.tex\)"):
+    (tmp_path / "demo").mkdir()
+    with pytest.raises(InputError, match=r"no earlier demo \(it has demo, thesis.tex\)"):
         demo.prepare_folder(tmp_path)
     assert (tmp_path / "thesis.tex").read_text() == "do not lose this"
 
@@ -115,11 +117,20 @@ def test_an_earlier_demo_is_replaced(tmp_path, capsys):
     folder = tmp_path / "demo"
     demo.prepare_folder(folder)
     (folder / "demo.json").write_text("{}")
+    (folder / "export").mkdir()
+    (folder / "my notes.txt").write_text("mine")
     assert capsys.readouterr().out == ""
     demo.prepare_folder(folder)
     assert "replaced" in capsys.readouterr().out
-    assert sorted(path.name for path in folder.iterdir()) == ["demo"]
+    assert sorted(path.name for path in folder.iterdir()) == ["demo", "my notes.txt", "run.lock"]
     assert len(demo.read_items(folder / "demo" / "held_out.jsonl")) == len(tasks.held_out_rows())
+
+
+def test_a_demo_that_is_running_is_not_replaced(tmp_path):
+    demo.prepare_folder(tmp_path)
+    with RunLock(tmp_path), pytest.raises(RunError, match="in use by another run"):
+        demo.prepare_folder(tmp_path)
+    assert (tmp_path / "demo" / "train.jsonl").is_file()
 
 
 def test_only_the_same_questions_are_compared():
