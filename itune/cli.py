@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if rest and "config" not in arguments:
             raise InputError(f"argument {rest[0]!r} is not understood; see itune {arguments.verb} --help")
-        arguments.overrides = rest
+        arguments.overrides, arguments.words = rest, sys.argv[1:] if argv is None else argv
         return VERBS[arguments.verb](arguments)
     except InputError as error:
         print(f"itune: {error}", file=sys.stderr)
@@ -63,6 +63,12 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    from itune.runtime import supervisor
+
+    if supervisor.wanted(arguments.restart_on_failure):
+        _config(arguments)  # what is wrong in it is said at once
+        return supervisor.supervise([sys.executable, "-m", "itune", *arguments.words], arguments.restart_on_failure)
+    supervisor.end_with_parent()
     from itune.loop import train
 
     result = train(_config(arguments), workdir=arguments.workdir)
@@ -103,6 +109,14 @@ def _chat(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _checkpoints(arguments: argparse.Namespace) -> int:
+    from itune.checkpoint.listing import list_checkpoints, table
+
+    rows = list_checkpoints(arguments.workdir)
+    print(table(rows))
+    return max(_finish(arguments, rows), int(any(row["damage"] for row in rows)))
+
+
 def _report(arguments: argparse.Namespace) -> int:
     from itune.report import write_report
 
@@ -121,7 +135,7 @@ def _data(arguments: argparse.Namespace) -> int:
 
 VERBS = {
     "demo": _demo, "train": _train, "eval": _eval, "export": _export, "generate": _generate, "chat": _chat,
-    "report": _report, "data": _data,
+    "report": _report, "data": _data, "checkpoints": _checkpoints,
 }
 
 if __name__ == "__main__":

@@ -166,6 +166,8 @@ class Run:
             compiled = compiling.result()
             self.seconds["compile"] = time.monotonic() - begun
         distributed.meet("compiled")
+        if jax.process_count() > 1:
+            mark("hosts", ",".join(distributed.hosts()))
         return state, compiled
 
     def _steps(self, state: Any, compiled: Any) -> tuple[Any, bool]:

@@ -46,6 +46,8 @@ def build_parser(version: str) -> Parser:
     sub = _verb(verbs, "train", "tune a model; the same command again resumes", _TRAIN_EXAMPLE)
     _config(sub)
     sub.add_argument("--workdir", required=True, metavar="DIR", help="the run directory")
+    sub.add_argument("--restart-on-failure", type=int, default=0, metavar="N",
+                     help="start again after a failure, until N restarts bring no new step (default 0)")
     _json(sub)
 
     sub = _verb(verbs, "eval", "judge a checkpoint or a model folder on held-out items",
@@ -75,6 +77,10 @@ def build_parser(version: str) -> Parser:
     _json(sub)
 
     _model(_verb(verbs, "chat", "talk to a model in the terminal", "itune chat --model models/x"))
+
+    sub = _verb(verbs, "checkpoints", "list a run's checkpoints, each verified", "itune checkpoints runs/x")
+    sub.add_argument("workdir", metavar="DIR", help="a run directory")
+    _json(sub)
 
     sub = _verb(verbs, "report", "write a run's report page", "itune report runs/x")
     sub.add_argument("workdir", metavar="DIR", help="a run directory")

@@ -6,6 +6,7 @@ import asyncio
 import importlib.util
 import itertools
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from itune.runtime.supervisor import heartbeat_seconds
 from itune.types import InputError
 
 _VARIABLES = ("ITUNE_COORDINATOR", "ITUNE_NUM_PROCESSES", "ITUNE_PROCESS_ID")
@@ -31,14 +33,17 @@ def start() -> None:
     asked = os.environ.get("ITUNE_DISTRIBUTED", "")
     if any(name in os.environ for name in _VARIABLES):
         address, count, index = _given()
-        jax.distributed.initialize(address, count, index, coordinator_bind_address=address if index == 0 else None)
+        jax.distributed.initialize(
+            address, count, index, coordinator_bind_address=address if index == 0 else None,
+            heartbeat_timeout_seconds=heartbeat_seconds(),
+        )
     elif asked == "1" or (asked != "0" and (_several_tasks() or _tpu_here())):
         _as_jax_finds_it(must=asked == "1" or _several_tasks())
 
 
 def _as_jax_finds_it(must: bool) -> None:
     try:
-        jax.distributed.initialize()
+        jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat_seconds())
     except ValueError as error:  # jax found no job: one TPU machine, or none at all
         if must:
             raise InputError(f"environment: several processes are announced, but jax finds no job: {error}") from error
@@ -86,6 +91,15 @@ def meet(reason: str, timeout: int = 3600) -> None:
         everyone = set(range(jax.process_count()))
         key = f"{reason} {next(_meetings)}"
         asyncio.run(ocp.multihost.sync_global_processes(key, operation_id="itune", timeout=timeout, processes=everyone))
+
+
+def hosts() -> list[str]:
+    """The name of every process's host, by process. All processes must call it."""
+    from jax.experimental import multihost_utils
+
+    own = np.frombuffer(socket.gethostname().encode()[:64].ljust(64, b"\0"), np.uint8)
+    names_P64 = np.asarray(multihost_utils.process_allgather(own)).reshape(-1, 64)
+    return [name.tobytes().rstrip(b"\0").decode(errors="replace") for name in names_P64]
 
 
 class Agreement:

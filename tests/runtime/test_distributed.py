@@ -26,14 +26,15 @@ def test_given_coordinator_is_bound_to_its_address_only(calls, monkeypatch):
     for name, value in zip(distributed._VARIABLES, ("127.0.0.1:4000", "2", "0")):
         monkeypatch.setenv(name, value)
     distributed.start()
-    assert calls == [(("127.0.0.1:4000", 2, 0), {"coordinator_bind_address": "127.0.0.1:4000"})]
+    expected = {"coordinator_bind_address": "127.0.0.1:4000", "heartbeat_timeout_seconds": 100}
+    assert calls == [(("127.0.0.1:4000", 2, 0), expected)]
 
 
 @pytest.mark.parametrize(("name", "value"), [("SLURM_STEP_NUM_TASKS", "2"), ("OMPI_COMM_WORLD_SIZE", "4")])
 def test_launchers_are_recognised(calls, monkeypatch, name, value):
     monkeypatch.setenv(name, value)
     distributed.start()
-    assert calls == [((), {})]
+    assert calls == [((), {"heartbeat_timeout_seconds": 100})]
     monkeypatch.setenv("ITUNE_DISTRIBUTED", "0")
     distributed.start()
     assert len(calls) == 1
