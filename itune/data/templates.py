@@ -158,7 +158,7 @@ def _template_source(name: str, where: str) -> tuple[str, tuple[str, ...]]:
     """(Jinja text, tokens it needs) of a shipped name or a file."""
     if name in SHIPPED:
         source = SHIPPED[name]
-        return source, SHIPPED_TOKENS[name] if name in SHIPPED_TOKENS else tuple(dict.fromkeys(MARKER.findall(source)))
+        return source, SHIPPED_TOKENS.get(name, tuple(dict.fromkeys(MARKER.findall(source))))
     path = Path(name).expanduser()
     if not path.is_file():
         near = difflib.get_close_matches(name, SHIPPED, n=1, cutoff=0.4)
