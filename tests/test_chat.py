@@ -5,6 +5,8 @@ import json
 import pytest
 
 from itune import chat, decode
+from itune.data.render import render_prompt
+from itune.data.render import render_prompt
 from itune.data.templates import load_tokenizer
 from itune.export import export_pretrained
 from itune.models import load_pretrained
@@ -32,8 +34,9 @@ def test_every_stop_token_is_known(speaker):
 def test_pieces_make_the_whole_answer(speaker):
     messages = [Message("user", "Hi")]
     pieces = list(speaker.stream(messages, 24, 0.0, 0))
-    whole = decode.generate(speaker.model, speaker.params, speaker.tokenizer, [messages], max_new_tokens=24)
-    assert "".join(pieces) == whole[0] and len(pieces) > 3
+    prompt = render_prompt(messages, speaker.tokenizer)
+    whole = decode.generate_ids(speaker.model, speaker.params, [prompt], max_new_tokens=24, stop_ids=speaker.stops)[0]
+    assert "".join(pieces) == speaker.tokenizer.decode(whole.ids) and len(pieces) > 3
 
 
 def test_a_dialogue_remembers(speaker, monkeypatch):

@@ -92,8 +92,9 @@ class ChatTemplate:
 def load_tokenizer(path: str, chat_template: str = "", revision: str | None = None) -> Tokenizer:
     """The tokenizer of a folder or hub id, with its own chat template or the one that `chat_template` names.
 
-    `chat_template` is a shipped name (chatml, llama3, tulu, zephyr) or a file; the tokens that it writes as `<|...|>` and the
-    tokenizer lacks are added, and eos becomes its end-of-turn token, so that an exported model stops where it should.
+    `chat_template` is a shipped name (chatml, llama3, tulu, zephyr) or a file; the tokens that it writes as `<|...|>`
+    and the tokenizer lacks are added, and eos becomes its end-of-turn token, so that an exported model stops where it
+    should.
     Raises InputError for a missing tokenizer, and for a missing template with the names available.
     """
     try:
