@@ -6,7 +6,6 @@ import pytest
 
 from itune import chat, decode
 from itune.data.render import render_prompt
-from itune.data.render import render_prompt
 from itune.data.templates import load_tokenizer
 from itune.export import export_pretrained
 from itune.models import load_pretrained
