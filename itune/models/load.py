@@ -16,6 +16,7 @@ from itune.models.hf.files import find_folder, read_config
 from itune.models.hf.plan import make_plan
 from itune.models.hf.read import read_params
 from itune.models.model import Model
+from itune.types import InputError
 
 log = logging.getLogger("itune")
 
@@ -79,7 +80,12 @@ def _model(
     """The model, and the vocabulary size that its file has."""
     hf = read_config(folder)
     family = find_family(hf, str(folder / "config.json"))
-    config = FAMILIES[family].config_from_hf(Fields(hf, str(folder / "config.json")))
-    file_vocab = config.vocab_size
-    config = dataclasses.replace(config, vocab_size=max(file_vocab, vocab_size or 0))
-    return Model(config, family, compute_dtype, param_dtype, attention, remat, mesh), file_vocab
+    try:
+        config = FAMILIES[family].config_from_hf(Fields(hf, str(folder / "config.json")))
+        file_vocab = config.vocab_size
+        config = dataclasses.replace(config, vocab_size=max(file_vocab, vocab_size or 0))
+        model = Model(config, family, compute_dtype, param_dtype, attention, remat, mesh)
+        dataclasses.replace(model, mesh=None).abstract_params()
+    except (ArithmeticError, MemoryError) as error:
+        raise InputError(f"{folder / 'config.json'}: its numbers describe no model ({error}); copy it again") from error
+    return model, file_vocab

@@ -86,8 +86,10 @@ def read_json(file: Path) -> dict[str, Any]:
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{file}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also: not UTF-8, thousands of digits, endless nesting
         raise InputError(f"{file}: not JSON: {error}") from error
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {error.strerror}") from error
     if not isinstance(value, dict):
         raise InputError(f"{file}: expected a JSON object, found {type(value).__name__}")
     return value
@@ -135,7 +137,10 @@ def _inside(folder: Path, name: str, where: Path) -> Path:
     """The path of a file of this folder. Names and links out of it are refused, save the hub cache's."""
     if name != os.path.basename(name) or name in ("", ".", ".."):
         raise InputError(f"{where}: file name {name!r} leads out of the folder; expected a plain file name")
-    real, home = (folder / name).resolve(), folder.resolve()
+    try:
+        real, home = (folder / name).resolve(), folder.resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links; a name that no file can have
+        raise InputError(f"{where}: file name {name!r} cannot be followed: {error}") from error
     allowed = [home]
     if home.parent.name == "snapshots":  # in the hub's cache a snapshot links to its repository's blobs
         allowed.append(home.parent.parent / "blobs")
