@@ -28,12 +28,11 @@ def main(argv: list[str] | None = None) -> int:
             raise InputError(f"argument {rest[0]!r} is not understood; see itune {arguments.verb} --help")
         arguments.overrides, arguments.words = rest, sys.argv[1:] if argv is None else argv
         return VERBS[arguments.verb](arguments)
-    except InputError as error:
-        print(f"itune: {error}", file=sys.stderr)
-        return 2
-    except RunError as error:
-        print(f"itune: {error}", file=sys.stderr)
-        return 1
+    except (InputError, RunError) as error:
+        from itune.runtime.secrets import redact
+
+        print(f"itune: {redact(str(error))}", file=sys.stderr)
+        return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt:
         print("itune: interrupted", file=sys.stderr)
         return 130

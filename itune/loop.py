@@ -22,10 +22,11 @@ from itune.progress import Meter, Progress
 from itune.report import write_report
 from itune.runtime import distributed
 from itune.runtime.compilation import use_compilation_cache, use_deterministic_kernels
-from itune.runtime.crash import shown_to, write_crash
+from itune.runtime.crash import explained, shown_to, write_crash
 from itune.runtime.environment import environment, memory_in_use, process_age
 from itune.runtime.lock import RunLock
 from itune.runtime.marks import mark
+from itune.runtime.permissions import shared_with_everyone
 from itune.runtime.profiler import Profiler
 from itune.runtime.signals import StopRequest
 from itune.runtime.watchdog import Watchdog
@@ -79,7 +80,7 @@ def train(config: Config, workdir: str | Path, *, on_step: OnStep | None = None)
             path = write_crash(folder, error, run.facts()) if first else folder
             if isinstance(error, RunError):
                 raise RunError(f"{error} (details: {path})") from error
-            raise RunError(f"failed after step {run.done}: {_explained(error)} (details: {path})") from error
+            raise RunError(f"failed after step {run.done}: {explained(error)} (details: {path})") from error
         finally:
             run.close()
 
@@ -111,6 +112,8 @@ class Run:
 
     def run(self) -> Result:
         (self.workdir / "crash.json").unlink(missing_ok=True)
+        if warning := shared_with_everyone(self.workdir):
+            self.log(warning)
         self.store.open()
         saved, logged = None, read_metrics(self.workdir / "metrics.jsonl")
         if (step := self.store.newest_good()) is not None:
@@ -391,12 +394,3 @@ def _shown(summary: Mapping[str, Any], most: int = 4) -> str:
 
 def _sizes(shape: Mapping[str, int]) -> str:
     return " x ".join(f"{axis}={size}" for axis, size in shape.items() if size > 1) or "one device"
-
-
-def _explained(error: BaseException) -> str:
-    """The first line of an error of some library; for a device that is out of memory, what helps."""
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    if "RESOURCE_EXHAUSTED" in text:
-        return ("out of device memory: raise train.accumulation or lower train.batch_size, set train.remat=full, or "
-                f"give mesh.fsdp more devices ({text[:300]})")
-    return f"{type(error).__name__}: {text}"[:400]

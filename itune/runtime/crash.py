@@ -44,3 +44,12 @@ def write_crash(workdir: Path, error: BaseException, facts: Mapping[str, Any]) -
     path = workdir / "crash.json"
     write_atomically(path, redact(json.dumps(record, indent=1, default=str)) + "\n")
     return path
+
+
+def explained(error: BaseException) -> str:
+    """The first line of an error of some library; for a device that is out of memory, what helps."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    if "RESOURCE_EXHAUSTED" in text:
+        return ("out of device memory: raise train.accumulation or lower train.batch_size, set train.remat=full, or "
+                f"give mesh.fsdp more devices ({text[:300]})")
+    return f"{type(error).__name__}: {text}"[:400]
