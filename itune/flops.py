@@ -31,9 +31,14 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 def matrix_parameters(config: Any) -> int:
-    """N_mat of a ModelConfig."""
+    """N_mat of a ModelConfig: of the experts of a layer, those that a token chooses, and the router."""
     attention = config.width * config.head_dim * (2 * config.num_heads + 2 * config.num_kv_heads)
-    return config.num_layers * (attention + 3 * config.width * config.mlp_width) + config.width * config.vocab_size
+    dense = 3 * config.width * config.mlp_width
+    layers = sum(
+        attention + (dense if e is None else config.width * (3 * e.chosen * e.width + e.count))
+        for e in (kind.experts for kind in config.kinds)
+    )
+    return layers + config.width * config.vocab_size
 
 
 def windows(config: Any) -> tuple[int | None, ...]:

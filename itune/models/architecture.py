@@ -11,8 +11,10 @@ class Rope:
 
     scaling: none | linear (positions divided by `factor`) | llama3 (by wavelength, as in Llama 3.1) | yarn
     (arXiv 2309.00071) | dynamic (none up to `original_length`; longer rows are refused, because its base would then
-    depend on the longest row of the batch). `original_length` is the context of pretraining in tokens;
-    `attention_factor` multiplies cos and sin (yarn).
+    depend on the longest row of the batch) | longrope (arXiv 2402.13753: each channel pair's period times its entry of
+    `short_factors`, in sequences longer than `original_length` of `long_factors`). `original_length` is the context of
+    pretraining in tokens; `attention_factor` multiplies cos and sin (yarn, longrope). `share` is the part of a head's
+    channels that is rotated, the first ones; the others carry no position.
     """
 
     base: float = 10000.0
@@ -25,22 +27,55 @@ class Rope:
     beta_slow: float = 1.0
     truncate: bool = True
     attention_factor: float = 1.0
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+    share: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts:
+    """Mixture of experts in place of the MLP: `count` of them, `chosen` a token, each `width` wide.
+
+    A token's weights are the softmax of its router logits over all experts, rescaled to sum to one when `normalise`;
+    or, with `softmax_chosen`, the softmax over the chosen ones. `biases`: on the router and every projection.
+    `clamp`: (alpha, limit) of a clamped gate, (min(gate, limit) * sigmoid(alpha * gate)) * (clip(up, limit) + 1), in
+    place of act(gate) * up.
+    """
+
+    count: int
+    chosen: int
+    width: int
+    normalise: bool = True
+    softmax_chosen: bool = False
+    biases: bool = False
+    clamp: tuple[float, float] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerKind:
     """What may differ between the layers of one model, all of it static.
 
-    window: tokens a query sees, itself included (None sees all before it). rope None: no position embedding.
+    window: tokens a query sees, itself included (None sees all before it). rope None: no position embedding. experts
+    None: a dense MLP.
     """
 
     window: int | None = None
     rope: Rope | None = Rope()
+    experts: Experts | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """One decoder. Widths in elements; `kinds` has one LayerKind a layer; `max_length` is in tokens."""
+    """One decoder. Widths in elements; `kinds` has one LayerKind a layer; `max_length` is in tokens.
+
+    fused_qkv, fused_gate_up: one kernel holds query, key and value, or gate and up, as its checkpoints store them.
+    norm_offset: a norm multiplies by 1 + its scale. norm_float32: it does so in float32, before rounding.
+    norm_placement: a norm before attention and MLP (pre), after them and before the residual sum (post), or both.
+    qk_norm: norms of queries and keys, by head; with qk_norm_whole over all heads at once. sinks: a learned score a
+    head that takes part in the softmax of attention and has no value. attention_scale multiplies scores (None: 1/sqrt
+    of head_dim); softcap c turns x into c * tanh(x / c). embed_scale, residual_scale and logit_scale multiply
+    embeddings, what attention and MLP add, and logits (before their softcap).
+    """
 
     vocab_size: int
     width: int
@@ -57,6 +92,19 @@ class ModelConfig:
     out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    qk_norm_whole: bool = False
+    fused_qkv: bool = False
+    fused_gate_up: bool = False
+    norm_offset: bool = False
+    norm_float32: bool = False
+    norm_placement: str = "pre"
+    sinks: bool = False
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    embed_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
     tie_embeddings: bool = False
     init_std: float = 0.02
 

@@ -20,10 +20,13 @@ AXES: dict[tuple[str, str], tuple[str, ...]] = {
     ("q_proj", "kernel"): ("heads", "embed"),
     ("k_proj", "kernel"): ("kv_heads", "embed"),
     ("v_proj", "kernel"): ("kv_heads", "embed"),
+    ("qkv_proj", "kernel"): ("heads", "embed"),
     ("o_proj", "kernel"): ("embed", "heads"),
     ("gate_proj", "kernel"): ("mlp", "embed"),
     ("up_proj", "kernel"): ("mlp", "embed"),
+    ("gate_up_proj", "kernel"): ("mlp", "embed"),
     ("down_proj", "kernel"): ("embed", "mlp"),
+    ("router", "kernel"): ("norm", "embed"),
     ("q_proj", "bias"): ("heads",),
     ("k_proj", "bias"): ("kv_heads",),
     ("v_proj", "bias"): ("kv_heads",),
@@ -31,8 +34,12 @@ AXES: dict[tuple[str, str], tuple[str, ...]] = {
     ("gate_proj", "bias"): ("mlp",),
     ("up_proj", "bias"): ("mlp",),
     ("down_proj", "bias"): ("norm",),
+    ("router", "bias"): ("norm",),
+    ("attention", "sinks"): ("heads",),
     ("attention_norm", "scale"): ("norm",),
     ("mlp_norm", "scale"): ("norm",),
+    ("attention_post_norm", "scale"): ("norm",),
+    ("mlp_post_norm", "scale"): ("norm",),
     ("q_norm", "scale"): ("head_dim",),
     ("k_norm", "scale"): ("head_dim",),
     ("final_norm", "scale"): ("norm",),
@@ -106,18 +113,23 @@ class Dense(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root mean square norm (arXiv 1910.07467): the statistics in float32, the scale applied in the compute dtype."""
+    """Root mean square norm (arXiv 1910.07467): the statistics in float32, the scale applied in the compute dtype,
+    or in float32 where the config says so."""
 
-    eps: float
+    config: ModelConfig
     dtype: str
     param_dtype: str
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
+        c = self.config
+        init = nn.initializers.zeros if c.norm_offset else nn.initializers.ones
+        scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
+        dtype = "float32" if c.norm_float32 else self.dtype
+        scale = scale.astype(dtype) + 1 if c.norm_offset else scale.astype(dtype)
         x32 = x.astype(jnp.float32)
-        x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-        return scale.astype(self.dtype) * x32.astype(self.dtype)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + c.norm_eps)
+        return (scale * x32.astype(dtype)).astype(self.dtype)
 
 
 class MLP(nn.Module):
@@ -134,15 +146,25 @@ class MLP(nn.Module):
         def dense(features: int, name: str) -> Dense:
             return Dense(features, c.mlp_bias, c.init_std, self.dtype, self.param_dtype, name=name)
 
-        gate_BLF = ACTIVATIONS[c.activation](dense(c.mlp_width, "gate_proj")(x_BLD))
-        return dense(c.width, "down_proj")(gate_BLF * dense(c.mlp_width, "up_proj")(x_BLD))
+        if c.fused_gate_up:
+            gate_BLF, up_BLF = jnp.split(dense(2 * c.mlp_width, "gate_up_proj")(x_BLD), 2, axis=-1)
+        else:
+            gate_BLF, up_BLF = dense(c.mlp_width, "gate_proj")(x_BLD), dense(c.mlp_width, "up_proj")(x_BLD)
+        return dense(c.width, "down_proj")(ACTIVATIONS[c.activation](gate_BLF) * up_BLF)
 
 
-def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
-    """Radians a token for each pair of channels, float32, (head_dim / 2,).
+def softcap(x: jax.Array, cap: float | None) -> jax.Array:
+    """cap * tanh(x / cap), which stays within -cap .. cap; None leaves x as it is."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
 
-    The order of roundings is that of transformers: one unit in the last place is 0.001 radians at position 10,000.
+
+def rope_frequencies(rope: Rope, head_dim: int, long: bool = False) -> np.ndarray:
+    """Radians a token for each rotated pair of channels, float32, (int(share * head_dim) / 2,).
+
+    `long`: for a sequence longer than the original context, where longrope has other factors. The order of roundings
+    is that of transformers: one unit in the last place is 0.001 radians at position 10,000.
     """
+    head_dim = int(head_dim * rope.share)
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     periods = np.power(np.float64(np.float32(rope.base)), exponents.astype(np.float64)).astype(np.float32)
     inverse = np.float32(1.0) / periods
@@ -154,7 +176,12 @@ def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
         return _llama3(rope, inverse)
     if rope.scaling == "yarn":
         return _yarn(rope, periods, head_dim)
-    raise InputError(f"rope scaling {rope.scaling!r} is not supported; supported: none, linear, llama3, yarn, dynamic")
+    if rope.scaling == "longrope":
+        factors = np.asarray(rope.long_factors if long else rope.short_factors, np.float32)
+        return np.float32(1.0) / (factors * periods)
+    raise InputError(
+        f"rope scaling {rope.scaling!r} is not supported; supported: none, linear, llama3, yarn, dynamic, longrope"
+    )
 
 
 def _llama3(rope: Rope, inverse: np.ndarray) -> np.ndarray:
@@ -183,16 +210,26 @@ def _yarn(rope: Rope, periods: np.ndarray, head_dim: int) -> np.ndarray:
     return stretched * (1 - kept) + np.float32(1.0) / periods * kept
 
 
-def rope_tables(rope: Rope, head_dim: int, positions_BL: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """cos and sin of every position, (B, L, 1, head_dim / 2): angles in float32, the result in `dtype`."""
-    angles = positions_BL[:, :, None, None].astype(jnp.float32) * rope_frequencies(rope, head_dim)
+def rope_tables(
+    rope: Rope, head_dim: int, positions_BL: jax.Array, dtype: Any, long_BL: jax.Array | bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """cos and sin of every position, (B, L, 1, rotated / 2): angles in float32, the result in `dtype`.
+
+    `long_BL`: whether the token's sequence is longer than the original context; only longrope asks.
+    """
+    frequencies: Any = rope_frequencies(rope, head_dim)
+    if rope.scaling == "longrope":
+        long_BL = jnp.broadcast_to(long_BL, positions_BL.shape)[:, :, None, None]
+        frequencies = jnp.where(long_BL, rope_frequencies(rope, head_dim, long=True), frequencies)
+    angles = positions_BL[:, :, None, None].astype(jnp.float32) * frequencies
     return (jnp.cos(angles) * rope.attention_factor).astype(dtype), (jnp.sin(angles) * rope.attention_factor).astype(
         dtype
     )
 
 
 def rotate(x_BLNH: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotate channel pairs (i, i + head_dim / 2), the layout of Hugging Face checkpoints."""
+    """Rotate channel pairs (i, i + rotated / 2), the layout of Hugging Face checkpoints; later channels stay."""
     cos, sin = tables
-    first, second = jnp.split(x_BLNH, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    half = cos.shape[-1]
+    first, second, rest = x_BLNH[..., :half], x_BLNH[..., half : 2 * half], x_BLNH[..., 2 * half :]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)

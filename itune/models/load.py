@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from itune.models.families import FAMILIES, find_family
 from itune.models.families.common import Fields
-from itune.models.hf.files import find_folder, read_config
+from itune.models.hf.files import find_folder, read_config, read_header, weight_files
 from itune.models.hf.plan import make_plan
 from itune.models.hf.read import read_params
 from itune.models.model import Model
@@ -79,7 +79,7 @@ def _model(
 ) -> tuple[Model, int]:
     """The model, and the vocabulary size that its file has."""
     hf = read_config(folder)
-    family = find_family(hf, str(folder / "config.json"))
+    family = find_family(hf, str(folder / "config.json"), lambda: tensors_of(folder))
     try:
         config = FAMILIES[family].config_from_hf(Fields(hf, str(folder / "config.json")))
         file_vocab = config.vocab_size
@@ -89,3 +89,11 @@ def _model(
     except (ArithmeticError, MemoryError) as error:
         raise InputError(f"{folder / 'config.json'}: its numbers describe no model ({error}); copy it again") from error
     return model, file_vocab
+
+
+def tensors_of(folder: Path) -> list[str]:
+    """The names of the tensors of a checkpoint; none where it has no readable weights: this only words a refusal."""
+    try:
+        return [name for file in weight_files(folder)[0] for name in read_header(file)]
+    except InputError:
+        return []

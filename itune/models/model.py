@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from itune.models.architecture import ModelConfig
 from itune.models.attention.cache import init_cache
-from itune.models.layers import AXES, linear, widening_linear
+from itune.models.layers import AXES, linear, softcap, widening_linear
 from itune.models.transformer import Decoder, Settings
 from itune.sharding import check_divisible, tree_shardings
 
@@ -86,8 +86,11 @@ class Model:
     def head_logits(self, kernel_VD: jax.Array, hidden: jax.Array) -> jax.Array:
         """float32 logits (..., V) with this kernel, or a shard of its rows: the chunked loss differentiates this."""
         if self.compute_dtype == "float32":
-            return linear(hidden, kernel_VD, "float32")
-        return widening_linear(hidden.astype(self.compute_dtype), kernel_VD.astype(self.compute_dtype))
+            logits = linear(hidden, kernel_VD, "float32")
+        else:
+            logits = widening_linear(hidden.astype(self.compute_dtype), kernel_VD.astype(self.compute_dtype))
+        scale = self.config.logit_scale
+        return softcap(logits if scale == 1 else logits * scale, self.config.logit_softcap)
 
     def init_cache(self, batch: int, length: int) -> Any:
         """An empty KV cache for `batch` rows of at most `length` tokens; see itune/models/attention/cache.py."""
@@ -140,6 +143,7 @@ def _abstract_params(model: Model) -> Any:
 def _axes(path: tuple, leaf: jax.ShapeDtypeStruct) -> tuple[str, ...]:
     names = [entry.key for entry in path]
     axes = AXES[names[-2], names[-1]]
+    axes = ("expert", *axes) if "experts" in names else axes
     return ("layers", *axes) if names[0] == "blocks" else axes
 
 

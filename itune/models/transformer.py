@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from itune.models.architecture import LayerKind, ModelConfig, layer_plan
+from itune.models.architecture import LayerKind, ModelConfig, Rope, layer_plan
 from itune.models.attention import attention
 from itune.models.attention.cache import read, write
 from itune.models.layers import MLP, Dense, RMSNorm, rope_tables, rotate
+from itune.models.moe import MoE
 from itune.sharding import constrain
 from itune.types import InputError
 
@@ -53,15 +54,7 @@ class Attention(nn.Module):
     def __call__(self, x_BLD: jax.Array, cache: Any, context: Context) -> tuple[jax.Array, Any]:
         c, s = self.config, self.settings
 
-        def project(name: str, heads: int) -> jax.Array:
-            y = Dense(heads * c.head_dim, c.qkv_bias, c.init_std, s.dtype, s.param_dtype, name=name)(x_BLD)
-            return y.reshape(*y.shape[:2], heads, c.head_dim)
-
-        query_BLNH = project("q_proj", c.num_heads)
-        key_BLKH, value_BLKH = project("k_proj", c.num_kv_heads), project("v_proj", c.num_kv_heads)
-        if c.qk_norm:
-            query_BLNH = RMSNorm(c.norm_eps, s.dtype, s.param_dtype, name="q_norm")(query_BLNH)
-            key_BLKH = RMSNorm(c.norm_eps, s.dtype, s.param_dtype, name="k_norm")(key_BLKH)
+        query_BLNH, key_BLKH, value_BLKH = self._project(x_BLD)
         if self.kind.rope is not None:
             tables = context.ropes[c.ropes.index(self.kind.rope)]
             query_BLNH, key_BLKH = rotate(query_BLNH, tables), rotate(key_BLKH, tables)
@@ -78,6 +71,9 @@ class Attention(nn.Module):
             kv_positions_BS=context.kv_positions_BS,
             offset=0 if context.start is None else context.start,
             window=self.kind.window,
+            scale=c.attention_scale,
+            softcap=c.attention_softcap,
+            sinks_N=self.param("sinks", nn.initializers.zeros, (c.num_heads,), s.param_dtype) if c.sinks else None,
             backend=s.attention,
             mesh=s.mesh,
             max_segments=s.max_segments,
@@ -85,9 +81,31 @@ class Attention(nn.Module):
         out = Dense(c.width, c.out_bias, c.init_std, s.dtype, s.param_dtype, name="o_proj")
         return out(mixed_BLNH.reshape(*x_BLD.shape[:2], -1)), cache
 
+    def _project(self, x_BLD: jax.Array) -> list[jax.Array]:
+        """Query (B, L, N, H), key and value (B, L, K, H), normed where the config has norms on them."""
+        c, s = self.config, self.settings
+        heads = {"q": c.num_heads, "k": c.num_kv_heads, "v": c.num_kv_heads}
+
+        def dense(name: str, heads: int) -> jax.Array:
+            return Dense(heads * c.head_dim, c.qkv_bias, c.init_std, s.dtype, s.param_dtype, name=name)(x_BLD)
+
+        if c.fused_qkv:
+            cuts = [c.num_heads * c.head_dim, (c.num_heads + c.num_kv_heads) * c.head_dim]
+            flat = dict(zip(heads, jnp.split(dense("qkv_proj", sum(heads.values())), cuts, axis=-1), strict=True))
+        else:
+            flat = {name: dense(f"{name}_proj", count) for name, count in heads.items()}
+        split = []
+        for name, count in heads.items():
+            normed = c.qk_norm and name != "v"
+            norm = RMSNorm(c, s.dtype, s.param_dtype, name=f"{name}_norm") if normed else lambda x: x
+            y = norm(flat[name]) if c.qk_norm_whole else flat[name]
+            y = y.reshape(*y.shape[:2], count, c.head_dim)
+            split.append(y if c.qk_norm_whole else norm(y))
+        return split
+
 
 class Layer(nn.Module):
-    """Pre-norm residual layer: attention, then the MLP."""
+    """Residual layer: attention, then the MLP or the experts, with norms before or after each, or both."""
 
     config: ModelConfig
     kind: LayerKind
@@ -97,14 +115,22 @@ class Layer(nn.Module):
     def __call__(self, hidden_BLD: jax.Array, cache: Any, context: Context) -> tuple[jax.Array, Any]:
         c, s = self.config, self.settings
 
-        def norm(name: str, x: jax.Array) -> jax.Array:
-            return RMSNorm(c.norm_eps, s.dtype, s.param_dtype, name=name)(x)
+        def norm(name: str, places: tuple[str, ...], x: jax.Array) -> jax.Array:
+            return RMSNorm(c, s.dtype, s.param_dtype, name=name)(x) if c.norm_placement in places else x
 
-        mixed_BLD, cache = Attention(c, self.kind, s, name="attention")(
-            norm("attention_norm", hidden_BLD), cache, context
-        )
-        hidden_BLD = hidden_BLD + mixed_BLD
-        hidden_BLD = hidden_BLD + MLP(c, s.dtype, s.param_dtype, name="mlp")(norm("mlp_norm", hidden_BLD))
+        def add(x_BLD: jax.Array) -> jax.Array:
+            return hidden_BLD + (x_BLD if c.residual_scale == 1 else x_BLD * c.residual_scale)
+
+        before, after = ("pre", "both"), ("post", "both")
+        normed_BLD = norm("attention_norm", before, hidden_BLD)
+        mixed_BLD, cache = Attention(c, self.kind, s, name="attention")(normed_BLD, cache, context)
+        hidden_BLD = add(norm("attention_post_norm", after, mixed_BLD))
+        normed_BLD = norm("mlp_norm", before, hidden_BLD)
+        if self.kind.experts is None:
+            mixed_BLD = MLP(c, s.dtype, s.param_dtype, name="mlp")(normed_BLD)
+        else:
+            mixed_BLD = MoE(c, self.kind.experts, s.dtype, s.param_dtype, s.mesh, name="mlp")(normed_BLD)
+        hidden_BLD = add(norm("mlp_post_norm", after, mixed_BLD))
         return constrain(hidden_BLD, s.mesh, ("batch", "length", None)), cache
 
 
@@ -156,7 +182,7 @@ class Decoder(nn.Module):
             layer = remat(Layer, s.remat, inside_scan=False)(c, kind, s, name=f"rest_{i}")
             hidden_BLD, written = layer(hidden_BLD, None if cache is None else cache["rest"][i], context)
             rest_cache.append(written)
-        hidden_BLD = RMSNorm(c.norm_eps, s.dtype, s.param_dtype, name="final_norm")(hidden_BLD)
+        hidden_BLD = RMSNorm(c, s.dtype, s.param_dtype, name="final_norm")(hidden_BLD)
         if self.is_initializing() and not c.tie_embeddings:
             Head(c, s, name="lm_head")()
         if cache is None:
@@ -182,7 +208,8 @@ class Embed(nn.Module):
         c, s = self.config, self.settings
         init = nn.initializers.normal(c.init_std)
         embedding_VD = self.param("embedding", init, (c.vocab_size, c.width), s.param_dtype)
-        return jnp.take(embedding_VD, tokens_BL, axis=0).astype(s.dtype)
+        rows_BLD = jnp.take(embedding_VD, tokens_BL, axis=0).astype(s.dtype)
+        return rows_BLD if c.embed_scale == 1 else rows_BLD * jnp.asarray(c.embed_scale, s.dtype)
 
 
 class Head(nn.Module):
@@ -206,13 +233,33 @@ def make_context(c: ModelConfig, s: Settings, segments_BL: jax.Array, positions_
                 f"rows of {slots} tokens: beyond {rope.original_length} dynamic rope scaling depends on the batch "
                 f"and is not supported; make rows at most {rope.original_length} tokens"
             )
-    ropes = tuple(rope_tables(rope, c.head_dim, positions_BL, s.dtype) for rope in c.ropes)
+    ropes = tuple(
+        rope_tables(rope, c.head_dim, positions_BL, s.dtype, is_long(rope, segments_BL, positions_BL, cache))
+        for rope in c.ropes
+    )
     if cache is None:
         return Context(segments_BL, segments_BL, None, None, None, ropes)
     index = cache["index"]
     kv_segments_BS = jax.lax.dynamic_update_slice_in_dim(cache["segments"], segments_BL, index, axis=1)
     kv_positions_BS = jax.lax.dynamic_update_slice_in_dim(cache["positions"], positions_BL, index, axis=1)
     return Context(segments_BL, kv_segments_BS, positions_BL, kv_positions_BS, index, ropes)
+
+
+def is_long(rope: Rope, segments_BL: jax.Array, positions_BL: jax.Array, cache: Any) -> Any:
+    """Whether each token's sequence is longer than the original context of `rope`; only longrope asks.
+
+    A segment is judged by itself, so packing changes nothing. With a cache the number of slots decides for all: keys
+    are rotated once, when they are written, and must fit those of all later steps.
+    """
+    if rope.scaling != "longrope":
+        return False
+    if cache is not None:
+        return cache["segments"].shape[1] > rope.original_length
+
+    def one_row(segments_L: jax.Array, positions_L: jax.Array) -> jax.Array:
+        return jax.ops.segment_max(positions_L, segments_L, num_segments=segments_L.shape[0] + 1)[segments_L]
+
+    return jax.vmap(one_row)(segments_BL, positions_BL) >= rope.original_length
 
 
 def remat(layer_class: Any, policy: str, inside_scan: bool) -> Any:

@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import jax
 import numpy as np
+import pytest
 
 from itune.models import LayerKind, Rope
+from itune.models.architecture import Experts
 
 # alternating layers with an unrolled one after them: windows, two rotary bases, none
 WINDOW, FULL = LayerKind(4, Rope()), LayerKind(None, Rope(base=100.0))
 KINDS = (WINDOW, FULL, WINDOW, FULL, LayerKind(4, None))
+# the cache has slots beyond the original context of longrope, and so have the rows that it is compared with
+LONG = Rope(scaling="longrope", original_length=10, short_factors=(1.0, 2.0), long_factors=(3.0, 4.0), share=0.5)
+CLAMPED = Experts(4, 2, 12, biases=True, clamp=(1.7, 1.0))
+MANY = LayerKind(3, LONG, Experts(4, 2, 12)), LayerKind(None, Rope(), CLAMPED), LayerKind(None, LONG)
+SCALED = {"attention_scale": 0.2, "attention_softcap": 1.5, "embed_scale": 2.0, "residual_scale": 0.7, "sinks": True}
+PLACED = {"norm_placement": "both", "norm_offset": True, "norm_float32": True, "qk_norm_whole": True}
+FUSED = {"fused_qkv": True, "fused_gate_up": True, "qkv_bias": False}
 
 
-def test_decode_equals_the_full_forward(make_model, random_params):
-    model = make_model(kinds=KINDS, num_layers=len(KINDS), qk_norm=True)
+@pytest.mark.parametrize(
+    ("kinds", "fields"), [(KINDS, {}), (MANY, SCALED | PLACED | FUSED)], ids=["plain", "all"]
+)
+def test_decode_equals_the_full_forward(make_model, random_params, kinds, fields):
+    model = make_model(kinds=kinds, num_layers=len(kinds), qk_norm=True, **fields)
     params = random_params(model)
     rng = np.random.default_rng(0)
     prompts, sides, steps, width = [3, 8, 5, 6], ["left", "right"] * 2, 6, 8

@@ -69,9 +69,9 @@ def test_spellings_agree_and_survive_writing(kind):
 
 def test_unknown_scaling_lists_what_is_supported():
     with pytest.raises(
-        InputError, match=r"'longrope' is not supported; supported: default, linear, llama3, yarn, dynamic"
+        InputError, match=r"'su' is not supported; supported: default, linear, llama3, yarn, dynamic, longrope"
     ):
-        read_rope(Fields({"rope_scaling": {"rope_type": "longrope"}}, "config.json"))
+        read_rope(Fields({"rope_scaling": {"rope_type": "su"}}, "config.json"))
 
 
 def test_angles_stay_float32_in_bfloat16():

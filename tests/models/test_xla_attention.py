@@ -17,7 +17,18 @@ from itune.types import InputError
 
 
 def reference(
-    query, key, value, q_segments, kv_segments, *, offset=0, window=None, softcap=None, scale=None, positions=None
+    query,
+    key,
+    value,
+    q_segments,
+    kv_segments,
+    *,
+    offset=0,
+    window=None,
+    softcap=None,
+    scale=None,
+    positions=None,
+    sinks_N=None,
 ):
     query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
     batch, length, heads, head_dim = query.shape
@@ -37,7 +48,8 @@ def reference(
                 scores = key[b, seen, n // group] @ query[b, i, n] * (scale or head_dim**-0.5)
                 scores = scores if softcap is None else softcap * np.tanh(scores / softcap)
                 weights = np.exp(scores - scores.max())
-                out[b, i, n] = weights / weights.sum() @ value[b, seen, n // group]
+                sink = 0 if sinks_N is None else np.exp(sinks_N[n] - scores.max())
+                out[b, i, n] = weights / (weights.sum() + sink) @ value[b, seen, n // group]
     return out
 
 
@@ -60,7 +72,8 @@ def ragged(length, seed=0, batch=2):
 
 @pytest.mark.parametrize(
     ("options", "kv_heads"),
-    [({}, 1), ({"window": 3}, 2), ({"window": 1}, 4), ({"softcap": 0.7}, 2), ({"scale": 0.9, "window": 200}, 2)],
+    [({}, 1), ({"window": 3}, 2), ({"window": 1}, 4), ({"softcap": 0.7}, 2), ({"scale": 0.9, "window": 200}, 2)]
+    + [({"sinks_N": np.array([0.5, -1.0, 3.0, 0.0], np.float32), "window": 6}, 2)],
 )
 def test_equals_the_definition(options, kv_heads):
     query, key, value = inputs(40, kv_heads=kv_heads)
@@ -170,6 +183,13 @@ def test_block_count_is_bounded():
         assert len(blocks) <= MAX_BLOCKS
         assert blocks[0][0] == 0 and blocks[-1][1] == length
         assert all(a[1] == b[0] for a, b in itertools.pairwise(blocks))
+
+
+def test_kernels_have_no_sinks():
+    from itune.models.attention import _unsupported
+
+    for kernel, platform in (("splash", "tpu"), ("cudnn", "gpu"), ("pallas", "gpu")):
+        assert _unsupported(kernel, platform, None, None, True) == "it has no attention sinks"
 
 
 def test_unknown_backend_lists_those_that_are_here():

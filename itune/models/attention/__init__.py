@@ -35,6 +35,7 @@ def choose_backend(
     whole_rows: bool = True,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: bool = False,
     mesh: Mesh | None = None,
 ) -> str:
     """The backend that runs on these shapes, by the devices of `mesh` (which need not exist on this machine).
@@ -48,7 +49,7 @@ def choose_backend(
         return "xla"
     platform = mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
     if backend != "auto":
-        reason = _unsupported(backend, platform, query, key, window=window, softcap=softcap, mesh=mesh)
+        reason = _unsupported(backend, platform, query, key, sinks, window=window, softcap=softcap, mesh=mesh)
         if reason:
             raise InputError(f"model.attention={backend} cannot run here: {reason}; choose auto or xla")
         return backend
@@ -56,7 +57,7 @@ def choose_backend(
         return "xla"
     reasons = []
     for name in KERNELS.get(platform, ()):
-        reason = _unsupported(name, platform, query, key, window=window, softcap=softcap, mesh=mesh)
+        reason = _unsupported(name, platform, query, key, sinks, window=window, softcap=softcap, mesh=mesh)
         if not reason:
             return name
         reasons.append(f"{name}: {reason}")
@@ -65,10 +66,12 @@ def choose_backend(
     return "xla"
 
 
-def _unsupported(name: str, platform: str, query: Any, key: Any, **options: Any) -> str:
+def _unsupported(name: str, platform: str, query: Any, key: Any, sinks: bool, **options: Any) -> str:
     homes = [home for home, names in KERNELS.items() if name in names]
     if platform not in homes:
         return f"it needs a {homes[0].upper()}, the devices are {platform.upper()}"
+    if sinks:
+        return "it has no attention sinks"
     return tpu.unsupported(query, key, **options) if name == "splash" else gpu.unsupported(name, query, key, **options)
 
 
@@ -94,6 +97,7 @@ def attention(
     window: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    sinks_N: jax.Array | None = None,
     backend: str = "auto",
     mesh: Mesh | None = None,
     max_segments: int = 0,
@@ -103,14 +107,16 @@ def attention(
     Query l stands in slot `offset + l` of the S key slots (an int 0 with L == S is self-attention over whole rows). It
     sees the keys in slots up to its own whose segment equals its own and is not 0, and of those the last `window`,
     itself included. Distances for the window are counted in slots, or in positions where those are given (a KV cache
-    with padding inside a row). `scale` defaults to 1/sqrt(H); `softcap` c turns scores s into c * tanh(s / c). A query
+    with padding inside a row). `scale` defaults to 1/sqrt(H); `softcap` c turns scores s into c * tanh(s / c).
+    `sinks_N` has a score a head that every query sees beside its keys, with no value to it. A query
     that sees nothing (padding) gets some finite vector. Softmax in float32. `max_segments` bounds the runs of equal
     segment id in a row, padding included (0: unknown); only cuDNN needs it, see gpu.py.
     """
     aligned = isinstance(offset, int) and offset == 0 and query_BLNH.shape[1] == key_BSKH.shape[1]
     whole_rows = aligned and q_positions_BL is None
     options: dict[str, Any] = {"window": window, "softcap": softcap, "mesh": mesh}
-    name = choose_backend(backend, query_BLNH, key_BSKH, whole_rows=whole_rows, **options)
+    sinks = {} if sinks_N is None else {"sinks_N": sinks_N}
+    name = choose_backend(backend, query_BLNH, key_BSKH, whole_rows=whole_rows, sinks=bool(sinks), **options)
     return BACKENDS[name](
         query_BLNH,
         key_BSKH,
@@ -123,4 +129,5 @@ def attention(
         scale=query_BLNH.shape[-1] ** -0.5 if scale is None else scale,
         max_segments=max_segments,
         **options,
+        **sinks,
     )

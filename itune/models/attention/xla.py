@@ -32,12 +32,14 @@ def attention(
     softcap: float | None,
     mesh: Mesh | None,
     max_segments: int = 0,
+    sinks_N: jax.Array | None = None,
 ) -> jax.Array:
     """See `itune.models.attention.attention`."""
     del mesh, max_segments  # XLA partitions this by itself
     length, slots = query_BLNH.shape[1], key_BSKH.shape[1]
     aligned = isinstance(offset, int) and offset == 0 and length == slots
-    arrays = query_BLNH, key_BSKH, value_BSKH, q_segments_BL, kv_segments_BS, q_positions_BL, kv_positions_BS, offset
+    rows = query_BLNH, key_BSKH, value_BSKH, q_segments_BL, kv_segments_BS
+    arrays = *rows, q_positions_BL, kv_positions_BS, offset, sinks_N
     blocks = []
     for start, stop in _blocks(length):
         first = max(0, start - window + 1) if aligned and window is not None and q_positions_BL is None else 0
@@ -54,7 +56,7 @@ def _blocks(length: int) -> list[tuple[int, int]]:
 
 
 def _block(
-    query, key, value, q_segments, kv_segments, q_positions, kv_positions, offset, *, cut, window, scale, softcap
+    query, key, value, q_segments, kv_segments, q_positions, kv_positions, offset, sinks, *, cut, window, scale, softcap
 ):
     """Attention of one block of queries over its keys, (B, block, N, H); `cut` is (slice of queries, slice of keys)."""
     queries, keys = cut
@@ -77,7 +79,10 @@ def _block(
         visible_BLS = visible_BLS & (distance < window)
     # a large finite number, so that a row without visible keys has a finite softmax and a finite gradient
     scores = jnp.where(visible_BLS[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    if sinks is not None:
+        sinks_KG11 = sinks.astype(jnp.float32).reshape(kv_heads, heads // kv_heads, 1, 1)
+        scores = jnp.concatenate([scores, jnp.broadcast_to(sinks_KG11, (*scores.shape[:-1], 1))], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1)[..., : value_BSKH.shape[1]].astype(value.dtype)
     mixed = _mixed(weights, value_BSKH, precision)
     return mixed.reshape(batch, length, heads, head_dim)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from itune.models.architecture import LayerKind, ModelConfig, Rope
+from itune.models.architecture import Experts, LayerKind, ModelConfig, Rope
 from itune.models.layers import ACTIVATIONS
 from itune.types import InputError
 
@@ -34,7 +35,14 @@ LLAMA_WEIGHTS: dict[str, str] = {
 }
 OLD_ROTARY = r".*\.rotary_emb\.inv_freq"  # a buffer that older checkpoints saved; it follows from the config
 
-ROPES = ("default", "linear", "llama3", "yarn", "dynamic")
+# layers with a norm after attention and one after the MLP
+POST_NORMS: dict[str, str] = {
+    "attention_post_norm/scale": "model.layers.{layer}.post_attention_layernorm.weight",
+    "mlp_post_norm/scale": "model.layers.{layer}.post_feedforward_layernorm.weight",
+}
+
+ROPES = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
+ORIGINAL = "original_max_position_embeddings"
 _REQUIRED = object()
 
 
@@ -73,15 +81,24 @@ class Fields:
         return Fields(self.get(key, dict, {}), f"{self.where}: {key}")
 
 
-def read_rope(hf: Fields) -> Rope:
-    """Rotary settings from `rope_parameters` (newer), or from `rope_theta` and `rope_scaling` (older)."""
+def read_rope(hf: Fields, base: float = 10000.0, partial: bool = False) -> Rope:
+    """Rotary settings from `rope_parameters` (newer), or from `rope_theta` and `rope_scaling` (older).
+
+    `base` is the family's default; `partial`: whether the family may rotate a part of a head's channels.
+    """
     nested = hf.section("rope_parameters" if "rope_parameters" in hf else "rope_scaling")
-    base = nested.get("rope_theta", float, hf.get("rope_theta", float, 10000.0))
+    rope = read_scaling(hf, nested, hf.get("rope_theta", float, base))
+    share = nested.get("partial_rotary_factor", float, hf.get("partial_rotary_factor", float, 1.0))
+    if share != 1.0 and not partial:
+        raise InputError(f"{hf.where}: partial_rotary_factor {share} is not supported for this family; expected 1")
+    return dataclasses.replace(rope, share=share)
+
+
+def read_scaling(hf: Fields, nested: Fields, base: float) -> Rope:
+    """Rotary settings of one object of a config; `hf` is the config around it."""
+    base = nested.get("rope_theta", float, base)
     kind = nested.get("rope_type", str, nested.get("type", str, "default"))
     max_length = hf.get("max_position_embeddings", int, 0)
-    share = nested.get("partial_rotary_factor", float, hf.get("partial_rotary_factor", float, 1.0))
-    if share != 1.0:
-        raise InputError(f"{hf.where}: partial_rotary_factor {share} is not supported for this family; expected 1")
     if kind == "default":
         return Rope(base=base)
     if kind == "linear":
@@ -111,7 +128,48 @@ def read_rope(hf: Fields) -> Rope:
             truncate=nested.get("truncate", bool, True),
             attention_factor=_yarn_attention_factor(nested, factor),
         )
+    if kind == "longrope":
+        original = nested.count(ORIGINAL, hf.get(ORIGINAL, int, max_length))
+        factor = nested.get("factor", float, max_length / original)
+        default = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+        return Rope(
+            base=base,
+            scaling="longrope",
+            factor=factor,
+            original_length=original,
+            attention_factor=nested.get("attention_factor", float, default),
+            short_factors=read_floats(nested, "short_factor"),
+            long_factors=read_floats(nested, "long_factor"),
+        )
     raise InputError(f"{nested.where}: rope type {kind!r} is not supported; supported: {', '.join(ROPES)}")
+
+
+def read_floats(hf: Fields, key: str) -> tuple[float, ...]:
+    """A list of numbers."""
+    values = hf.get(key, list)
+    if not all(isinstance(x, (int, float)) for x in values):
+        raise InputError(f"{hf.where}: {key} is {values!r}; expected numbers")
+    return tuple(float(x) for x in values)
+
+
+def read_layer_ropes(hf: Fields, full: float, sliding: float) -> dict[str, Rope]:
+    """The ropes of `full_attention` and `sliding_attention` layers.
+
+    Newer configs have an object each in `rope_parameters`; in older ones `rope_scaling` is for full attention alone,
+    and `rope_local_base_freq` is the base of the others. `full` and `sliding` are the family's default bases.
+    """
+    both = hf.section("rope_parameters")
+    if "full_attention" in both or "sliding_attention" in both:
+        sections = {name: both.section(name) for name in ("full_attention", "sliding_attention")}
+        older = {"full_attention": full, "sliding_attention": sliding}
+    else:
+        sections = {"full_attention": hf.section("rope_scaling"), "sliding_attention": Fields({}, hf.where)}
+        base = hf.get("rope_theta", float, None)
+        older = {
+            "full_attention": full if base is None else base,
+            "sliding_attention": hf.get("rope_local_base_freq", float, sliding),
+        }
+    return {name: read_scaling(hf, section, older[name]) for name, section in sections.items()}
 
 
 def _yarn_attention_factor(nested: Fields, factor: float) -> float:
@@ -132,14 +190,38 @@ def write_rope(rope: Rope) -> dict[str, Any]:
     }
     if rope.scaling != "none":
         fields["factor"] = rope.factor
-    if rope.scaling in ("llama3", "yarn"):
+    if rope.share != 1.0:
+        fields["partial_rotary_factor"] = rope.share
+    if rope.scaling in ("llama3", "yarn", "longrope"):
         fields["original_max_position_embeddings"] = rope.original_length
     if rope.scaling == "llama3":
         fields |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
     if rope.scaling == "yarn":
         fields |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow, "truncate": rope.truncate}
         fields["attention_factor"] = rope.attention_factor
+    if rope.scaling == "longrope":
+        fields |= {"short_factor": list(rope.short_factors), "long_factor": list(rope.long_factors)}
+        fields["attention_factor"] = rope.attention_factor
     return fields
+
+
+def write_layer_ropes(config: ModelConfig) -> dict[str, Any]:
+    """`layer_types`, `sliding_window`, and the ropes of both kinds of layer."""
+    ropes = dict.fromkeys(("full_attention", "sliding_attention"), config.ropes[0])
+    ropes |= {layer_type(kind): kind.rope for kind in config.kinds if kind.rope is not None}
+    return write_layer_types(config) | {"rope_parameters": {name: write_rope(rope) for name, rope in ropes.items()}}
+
+
+def write_layer_types(config: ModelConfig) -> dict[str, Any]:
+    windows = {kind.window for kind in config.kinds} - {None}
+    return {
+        "sliding_window": next(iter(windows), None),
+        "layer_types": [layer_type(kind) for kind in config.kinds],
+    }
+
+
+def layer_type(kind: LayerKind) -> str:
+    return "full_attention" if kind.window is None else "sliding_attention"
 
 
 def read_uniform_kinds(hf: Fields, rope: Rope, window: int | None) -> tuple[LayerKind, ...]:
@@ -152,10 +234,19 @@ def read_uniform_kinds(hf: Fields, rope: Rope, window: int | None) -> tuple[Laye
 
 def read_mixed_kinds(hf: Fields, rope: Rope, window: int | None, first_windowed: int) -> tuple[LayerKind, ...]:
     """One kind a layer: from `layer_types` where the config has it, else the window holds from `first_windowed` on."""
+    if "layer_types" not in hf:
+        layers = hf.count("num_hidden_layers")
+        return tuple(LayerKind(window if i >= first_windowed else None, rope) for i in range(layers))
+    known = {"full_attention": None, "sliding_attention": window}
+    return tuple(LayerKind(known[name], rope) for name in read_layer_types(hf, window, ()))
+
+
+def read_layer_types(hf: Fields, window: int | None, default: Sequence[str]) -> Sequence[str]:
+    """full_attention or sliding_attention for each layer: `layer_types`, checked, or the default where it is absent."""
     layers = hf.count("num_hidden_layers")
     types = hf.get("layer_types", list, None)
     if types is None:
-        return tuple(LayerKind(window if i >= first_windowed else None, rope) for i in range(layers))
+        return default
     known = {"full_attention": None, "sliding_attention": window}
     unknown = sorted({str(name) for name in types} - set(known))
     if unknown or len(types) != layers:
@@ -165,14 +256,22 @@ def read_mixed_kinds(hf: Fields, rope: Rope, window: int | None, first_windowed:
         raise InputError(
             f"{hf.where}: layer_types has sliding_attention but sliding_window is not set; expected a number of tokens"
         )
-    return tuple(LayerKind(known[name], rope) for name in types)
+    return types
+
+
+def check_experts(hf: Fields, experts: Experts) -> Experts:
+    """The same, or InputError when a token would choose more experts than there are."""
+    if experts.chosen > experts.count:
+        raise InputError(f"{hf.where}: num_experts_per_tok is {experts.chosen}; expected at most {experts.count}")
+    return experts
 
 
 def read_shared(hf: Fields, *, kv_heads: int | None, head_dim: int | None) -> dict[str, Any]:
     """The ModelConfig fields that all families read alike; `kv_heads` and `head_dim` are the family's defaults."""
-    activation = hf.get("hidden_act", str, "silu")
+    act_key = "hidden_activation" if "hidden_activation" in hf else "hidden_act"
+    activation = hf.get(act_key, str, "silu")
     if activation not in ACTIVATIONS:
-        raise InputError(f"{hf.where}: hidden_act {activation!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
+        raise InputError(f"{hf.where}: {act_key} {activation!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
     if hf.get("attention_dropout", float, 0.0):
         log.warning(
             "%s: attention_dropout %s is not applied; training runs without it", hf.where, hf.hf["attention_dropout"]
@@ -229,6 +328,5 @@ def write_shared(config: ModelConfig, model_type: str, architecture: str) -> dic
 
 def write_windows(config: ModelConfig) -> dict[str, Any]:
     """The sliding-window keys of Qwen configs."""
-    windows = {kind.window for kind in config.kinds} - {None}
-    types = ["full_attention" if kind.window is None else "sliding_attention" for kind in config.kinds]
-    return {"use_sliding_window": bool(windows), "sliding_window": next(iter(windows), None), "layer_types": types}
+    keys = write_layer_types(config)
+    return {"use_sliding_window": keys["sliding_window"] is not None} | keys

@@ -21,7 +21,7 @@ HEAD, EMBEDDING = "lm_head/kernel", "embed/embedding"
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """leaves: parameter path -> its tensors, one a stacked layer.
+    """leaves: parameter path -> its tensors, one a stacked layer, or one an expert of each layer.
 
     tied_head: a copy of the tied embedding that the file holds too. ignored: tensors that the family leaves out; they
     stay in the checkpoint when it is exported.
@@ -38,21 +38,30 @@ def leaf_paths(tree: Any) -> dict[str, Any]:
 
 
 def tensor_names(model: Model) -> dict[str, list[str]]:
-    """Parameter path -> names of its tensors in a checkpoint, one a stacked layer in order."""
+    """Parameter path -> names of its tensors in a checkpoint: of each stacked layer in order, of each expert in it."""
     weights = FAMILIES[model.family].WEIGHTS
     period, repeats = layer_plan(model.config.kinds)
     names = {}
-    for path in leaf_paths(model.abstract_params()):
+    for path, leaf in leaf_paths(model.abstract_params()).items():
         first, _, rest = path.partition("/")
+        layers = [0]
         if first == "blocks":
             place, _, rest = rest.partition("/")
-            offset = int(place.removeprefix("layer_"))
-            names[path] = [weights[rest].format(layer=offset + i * period) for i in range(repeats)]
+            layers = [int(place.removeprefix("layer_")) + i * period for i in range(repeats)]
         elif first.startswith("rest_"):
-            names[path] = [weights[rest].format(layer=period * repeats + int(first.removeprefix("rest_")))]
+            layers = [period * repeats + int(first.removeprefix("rest_"))]
         else:
-            names[path] = [weights[path]]
+            rest = path
+        experts = range(leaf.shape[path.startswith("blocks/")] if "{expert}" in weights[rest] else 1)
+        names[path] = [weights[rest].format(layer=layer, expert=expert) for layer in layers for expert in experts]
     return names
+
+
+def stack_shape(model: Model, path: str, leaf: Any) -> tuple[int, ...]:
+    """The leading dimensions of a parameter over which its tensors are stacked: layers, experts, both or neither."""
+    stacked = path.startswith("blocks/")
+    name = path.split("/", 2)[-1] if stacked else path.partition("/")[2] if path.startswith("rest_") else path
+    return tuple(leaf.shape[: stacked + ("{expert}" in FAMILIES[model.family].WEIGHTS[name])])
 
 
 def make_plan(folder: Path, model: Model, file_vocab: int) -> Plan:
@@ -91,10 +100,10 @@ def make_plan(folder: Path, model: Model, file_vocab: int) -> Plan:
 
 def _expected(model: Model, file_vocab: int) -> dict[str, tuple[int, ...]]:
     """Tensor name -> shape in the file."""
-    shapes = {path: leaf.shape for path, leaf in leaf_paths(model.abstract_params()).items()}
+    leaves = leaf_paths(model.abstract_params())
     expected: dict[str, tuple[int, ...]] = {}
     for path, names in tensor_names(model).items():
-        shape = shapes[path][1:] if path.startswith("blocks/") else shapes[path]
+        shape = leaves[path].shape[len(stack_shape(model, path, leaves[path])) :]
         if path in (HEAD, EMBEDDING):
             shape = (file_vocab, *shape[1:])
         expected |= dict.fromkeys(names, shape)

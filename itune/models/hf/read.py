@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from itune.models.hf.files import DTYPES, Tensor
-from itune.models.hf.plan import EMBEDDING, HEAD, Plan
+from itune.models.hf.plan import EMBEDDING, HEAD, Plan, stack_shape
 from itune.models.model import Model
 
 log = logging.getLogger("itune")
@@ -29,7 +29,7 @@ def read_params(model: Model, plan: Plan, count: Callable[[int], None] | None = 
 
         def read(path: tuple, leaf: jax.ShapeDtypeStruct, sharding: Any = None) -> jax.Array:
             name = "/".join(entry.key for entry in path)
-            reader = LeafReader(name, leaf, plan.leaves[name], pool, count)
+            reader = LeafReader(name, leaf, plan.leaves[name], pool, count, len(stack_shape(model, name, leaf)))
             if sharding is None:
                 return jnp.asarray(reader((slice(None),) * len(leaf.shape)))
             return jax.make_array_from_callback(leaf.shape, sharding, reader)
@@ -41,9 +41,17 @@ def read_params(model: Model, plan: Plan, count: Callable[[int], None] | None = 
 class LeafReader:
     """Callable: index of a shard -> its values, as jax.make_array_from_callback asks for them."""
 
-    def __init__(self, name: str, leaf: Any, tensors: tuple[Tensor, ...], pool: ThreadPoolExecutor, count: Any = None):
+    def __init__(
+        self,
+        name: str,
+        leaf: Any,
+        tensors: tuple[Tensor, ...],
+        pool: ThreadPoolExecutor,
+        count: Any = None,
+        stacked: int = 0,
+    ):
         self.leaf, self.tensors, self.pool, self.count = leaf, tensors, pool, count
-        self.stacked = name.startswith("blocks/")
+        self.stacked = stacked  # leading dimensions with a tensor for each of their entries
         rows = tensors[0].shape[0]
         self.grown = name in (EMBEDDING, HEAD) and leaf.shape[0] > rows
         if self.grown:
@@ -60,8 +68,11 @@ class LeafReader:
         bounds = [slice(*part.indices(size)) for part, size in zip(index, self.leaf.shape, strict=True)]
         out = np.empty([part.stop - part.start for part in bounds], self.leaf.dtype)
         if self.stacked:
-            jobs = list(zip(self.tensors[bounds[0]], out, strict=True))
-            list(self.pool.map(lambda job: read_slice(job[0], bounds[1:], job[1], self.count), jobs))
+            places = np.arange(len(self.tensors)).reshape(self.leaf.shape[: self.stacked])
+            wanted = places[tuple(bounds[: self.stacked])].reshape(-1)
+            jobs = list(zip(wanted, out.reshape(-1, *out.shape[self.stacked :]), strict=True))
+            inner = bounds[self.stacked :]
+            list(self.pool.map(lambda job: read_slice(self.tensors[job[0]], inner, job[1], self.count), jobs))
         elif self.grown:
             self._read_grown(bounds, out)
         else:

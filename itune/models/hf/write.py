@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 from itune.models.families import FAMILIES
 from itune.models.families.common import Fields
 from itune.models.hf.files import DTYPES, INDEX, SINGLE, Tensor, find_folder, read_config
-from itune.models.hf.plan import EMBEDDING, Plan, leaf_paths, make_plan, tensor_names
+from itune.models.hf.plan import EMBEDDING, Plan, leaf_paths, make_plan, stack_shape, tensor_names
 from itune.models.model import Model
 from itune.types import InputError, RunError
 
@@ -81,10 +81,10 @@ class Output:
         shape: tuple[int, ...],
         dtype: str,
         leaf: jax.Array | None,
-        layer: int | None,
+        place: tuple[int, ...],
         copy: Tensor | None,
     ):
-        self.name, self.shape, self.dtype, self.leaf, self.layer, self.copy = name, shape, dtype, leaf, layer, copy
+        self.name, self.shape, self.dtype, self.leaf, self.place, self.copy = name, shape, dtype, leaf, place, copy
         if copy is not None:
             self.bytes = copy.stop - copy.start
         else:
@@ -95,16 +95,18 @@ class Output:
         if self.copy is not None:
             return np.fromfile(self.copy.file, np.uint8, self.bytes, offset=self.copy.start)
         assert self.leaf is not None
-        values = _take(self.leaf, self.layer or 0, self.layer is not None, DTYPES[self.dtype].name)
+        values = _take(self.leaf, self.place, DTYPES[self.dtype].name)
         if not values.is_fully_addressable:
             values = multihost_utils.process_allgather(values, tiled=True)
         return np.ascontiguousarray(values).reshape(-1).view(np.uint8)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _take(leaf: jax.Array, layer: int, stacked: bool, dtype: str) -> jax.Array:
-    value = jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False) if stacked else leaf
-    return value.astype(dtype)
+@functools.partial(jax.jit, static_argnums=2)
+def _take(leaf: jax.Array, place: tuple[int, ...], dtype: str) -> jax.Array:
+    """The layer, or expert of a layer, at `place` of a stacked parameter."""
+    for index in place:
+        leaf = jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False)
+    return leaf.astype(dtype)
 
 
 def _outputs(model: Model, params: Any, plan: Plan | None, dtype: str | None) -> list[Output]:
@@ -114,15 +116,15 @@ def _outputs(model: Model, params: Any, plan: Plan | None, dtype: str | None) ->
     outputs = []
     for path, names in tensor_names(model).items():
         leaf = leaves[path]
-        stacked = path.startswith("blocks/")
-        for i, name in enumerate(names):
+        stack = stack_shape(model, path, leaf)
+        for i, (name, place) in enumerate(zip(names, np.ndindex(*stack), strict=True)):
             kept = plan.leaves[path][i].dtype if plan else NAMES[np.dtype(leaf.dtype)]
-            outputs.append(Output(name, leaf.shape[stacked:], wanted or kept, leaf, i if stacked else None, None))
+            outputs.append(Output(name, leaf.shape[len(stack) :], wanted or kept, leaf, place, None))
     if plan and plan.tied_head:
         leaf = leaves[EMBEDDING]
-        outputs.append(Output(plan.tied_head.name, leaf.shape, wanted or plan.tied_head.dtype, leaf, None, None))
+        outputs.append(Output(plan.tied_head.name, leaf.shape, wanted or plan.tied_head.dtype, leaf, (), None))
     for tensor in plan.ignored if plan else ():
-        outputs.append(Output(tensor.name, tensor.shape, tensor.dtype, None, None, tensor))
+        outputs.append(Output(tensor.name, tensor.shape, tensor.dtype, None, (), tensor))
     return sorted(outputs, key=lambda output: output.name)
 
 

@@ -1,0 +1,188 @@
+"""Mixture of experts: every token reaches all the experts it chose (no capacity, nothing dropped).
+
+Tokens are sorted by expert, and each expert multiplies its own run of rows (a ragged product, as in Megablocks,
+arXiv 2211.15841). On a mesh the expert axis holds disjoint experts: a device computes those of its rows that chose
+its experts, and the sums of the devices are added.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from itune.models.architecture import Experts, ModelConfig
+from itune.models.layers import ACTIVATIONS, linear, precision
+from itune.sharding import axis_size, rows_divisor, spec
+
+BY_EXPERT = jax.lax.RaggedDotDimensionNumbers(
+    dot_dimension_numbers=(((1,), (2,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
+)
+
+
+class Stack(nn.Module):
+    """A projection of every expert: kernel (E, out, in), and bias (E, out) where there is one."""
+
+    count: int
+    out: int
+    bias: bool
+    init_std: float
+    param_dtype: str
+
+    @nn.compact
+    def __call__(self, width: int) -> dict[str, jax.Array]:
+        shape = (self.count, self.out, width)
+        weights = {"kernel": self.param("kernel", nn.initializers.normal(self.init_std), shape, self.param_dtype)}
+        if self.bias:
+            weights["bias"] = self.param("bias", nn.initializers.zeros, shape[:2], self.param_dtype)
+        return weights
+
+
+class Stacks(nn.Module):
+    """The projections of all experts."""
+
+    config: ModelConfig
+    experts: Experts
+    param_dtype: str
+
+    @nn.compact
+    def __call__(self) -> dict[str, dict[str, jax.Array]]:
+        c, e = self.config, self.experts
+        sizes = {"gate_proj": (e.width, c.width), "up_proj": (e.width, c.width), "down_proj": (c.width, e.width)}
+        return {
+            name: Stack(e.count, out, e.biases, c.init_std, self.param_dtype, name=name)(width)
+            for name, (out, width) in sizes.items()
+        }
+
+
+class MoE(nn.Module):
+    """sum over the chosen experts of weight * expert(x). Router logits, weights and the sum are float32."""
+
+    config: ModelConfig
+    experts: Experts
+    dtype: str
+    param_dtype: str
+    mesh: Mesh | None
+
+    @nn.compact
+    def __call__(self, x_BLD: jax.Array) -> jax.Array:
+        e = self.experts
+        chosen_BLC, weights_BLC = route(e, Router(self.config, e, self.param_dtype, name="router")(x_BLD))
+        stacks = Stacks(self.config, e, self.param_dtype, name="experts")()
+        stacks = jax.tree.map(lambda leaf: leaf.astype(self.dtype), stacks)
+        run = functools.partial(mix, e, ACTIVATIONS[self.config.activation])
+        if self.mesh is None or self.mesh.size == 1:
+            return run((), x_BLD, chosen_BLC, weights_BLC, stacks).astype(self.dtype)
+        rows = PartitionSpec(
+            *(
+                part if size % count == 0 else None
+                for part, size, count in zip(
+                    spec(("batch", "length")),
+                    x_BLD.shape,
+                    (rows_divisor(self.mesh), axis_size(self.mesh, "length")),
+                    strict=False,
+                )
+            )
+        )
+        kernels = {name: ("embed", "mlp") if name == "down_proj" else ("mlp", "embed") for name in stacks}
+        specs = {
+            name: {part: _spec(kernels[name], part) for part in stack} for name, stack in stacks.items()
+        }
+        inner = jax.shard_map(
+            functools.partial(run, ("expert", "tensor")),
+            mesh=self.mesh,
+            in_specs=(rows, rows, rows, specs),
+            out_specs=rows,
+            check_vma=False,
+        )
+        return inner(x_BLD, chosen_BLC, weights_BLC, stacks).astype(self.dtype)
+
+
+class Router(nn.Module):
+    """float32 logits (B, L, E) of each token for each expert."""
+
+    config: ModelConfig
+    experts: Experts
+    param_dtype: str
+
+    @nn.compact
+    def __call__(self, x_BLD: jax.Array) -> jax.Array:
+        c, e = self.config, self.experts
+        kernel = self.param("kernel", nn.initializers.normal(c.init_std), (e.count, c.width), self.param_dtype)
+        logits_BLE = linear(x_BLD, kernel, "float32")
+        if e.biases:
+            bias = self.param("bias", nn.initializers.zeros, (e.count,), self.param_dtype)
+            logits_BLE = logits_BLE + bias.astype(jnp.float32)
+        return logits_BLE
+
+
+def route(e: Experts, logits_BLE: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The chosen experts (B, L, C) int32 and their weights (B, L, C) float32."""
+    if e.softmax_chosen:
+        best_BLC, chosen_BLC = jax.lax.top_k(logits_BLE, e.chosen)
+        return chosen_BLC, jax.nn.softmax(best_BLC, axis=-1)
+    weights_BLC, chosen_BLC = jax.lax.top_k(jax.nn.softmax(logits_BLE, axis=-1), e.chosen)
+    if e.normalise:
+        weights_BLC = weights_BLC / weights_BLC.sum(axis=-1, keepdims=True)
+    return chosen_BLC, weights_BLC
+
+
+def mix(
+    e: Experts,
+    activation: Any,
+    axes: tuple[str, ...],
+    x_BLD: jax.Array,
+    chosen_BLC: jax.Array,
+    weights_BLC: jax.Array,
+    stacks: dict[str, dict[str, jax.Array]],
+) -> jax.Array:
+    """What the experts add, float32 (B, L, D).
+
+    With `axes`, ("expert", "tensor") inside a shard_map, `stacks` are this device's experts and its part of their
+    width.
+    """
+    x_TD, chosen_S, weights_S = x_BLD.reshape(-1, x_BLD.shape[-1]), chosen_BLC.reshape(-1), weights_BLC.reshape(-1)
+    count = stacks["gate_proj"]["kernel"].shape[0]
+    first = jax.lax.axis_index("expert") * count if axes else 0
+    own_S = jnp.where((chosen_S >= first) & (chosen_S < first + count), chosen_S - first, count)
+    order_S = jnp.argsort(own_S)  # a token stands here once for each expert it chose; those of other devices come last
+    expert_S = own_S[order_S]
+    sizes_E = jnp.bincount(own_S, length=count + 1)[:count].astype(jnp.int32)
+    mine_S1 = (expert_S < count)[:, None]
+
+    def project(name: str, rows: jax.Array, whole: bool = True) -> jax.Array:
+        stack = stacks[name]
+        y = jax.lax.ragged_dot_general(
+            rows,
+            stack["kernel"],
+            sizes_E,
+            BY_EXPERT,
+            precision=precision(rows.dtype),
+            preferred_element_type=rows.dtype,
+        )
+        if "bias" in stack:
+            bias = stack["bias"][jnp.minimum(expert_S, count - 1)]
+            y = y + (bias if whole else jnp.where(jax.lax.axis_index("tensor") == 0, bias, 0))
+        return jnp.where(mine_S1, y, 0)
+
+    rows_SD = x_TD[order_S // e.chosen]
+    gate_SF, up_SF = project("gate_proj", rows_SD), project("up_proj", rows_SD)
+    if e.clamp is None:
+        gated_SF = activation(gate_SF) * up_SF
+    else:
+        alpha, limit = e.clamp
+        gate_SF, up_SF = jnp.minimum(gate_SF, limit), jnp.clip(up_SF, -limit, limit)
+        gated_SF = gate_SF * jax.nn.sigmoid(alpha * gate_SF) * (up_SF + 1)
+    out_SD = project("down_proj", gated_SF, whole=not axes).astype(jnp.float32) * weights_S[order_S][:, None]
+    out_TD = jnp.zeros(x_TD.shape, jnp.float32).at[order_S // e.chosen].add(out_SD)
+    return (jax.lax.psum(out_TD, axes) if axes else out_TD).reshape(x_BLD.shape)
+
+
+def _spec(names: tuple[str, str], part: str) -> PartitionSpec:
+    """Experts over their axis and width over tensor; the model's width is whole on every device that computes."""
+    inner = ["tensor" if name == "mlp" else None for name in names]
+    return PartitionSpec("expert", *(inner if part == "kernel" else inner[:1]))

@@ -1,0 +1,84 @@
+"""Mixture of experts: the definition, nothing dropped, the same numbers on any mesh, float32 routing."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from itune.models import LayerKind
+from itune.models.architecture import Experts
+from itune.models.moe import mix, route
+from itune.sharding import batch_sharding, make_mesh
+
+MESHES = [{"expert": 4, "fsdp": 2}, {"expert": 2, "tensor": 2, "data": 2}]
+BIASED = Experts(4, 2, 12, softmax_chosen=True, biases=True, clamp=(1.7, 0.8))
+
+
+@pytest.mark.parametrize("experts", [Experts(5, 2, 6), BIASED], ids=["plain", "biased"])
+def test_equals_the_definition_even_when_all_tokens_choose_one_expert(experts):
+    rng = np.random.default_rng(0)
+    shapes = {"gate_proj": (experts.width, 8), "up_proj": (experts.width, 8), "down_proj": (8, experts.width)}
+    stacks = {name: {"kernel": rng.normal(size=(experts.count, *shape))} for name, shape in shapes.items()}
+    for name, shape in shapes.items():
+        if experts.biases:
+            stacks[name]["bias"] = rng.normal(size=(experts.count, shape[0]))
+
+    def project(name, e, x):
+        return stacks[name]["kernel"][e] @ x + (stacks[name]["bias"][e] if experts.biases else 0)
+
+    x = rng.normal(size=(2, 7, 8))
+    chosen = rng.permuted(np.tile(np.arange(experts.count), (2, 7, 1)), axis=-1)[..., : experts.chosen]
+    chosen[0, :, 0], chosen[0, :, 1] = 1, 3  # one row crowds two experts; one of the others is empty there
+    weights = rng.random((2, 7, experts.chosen))
+    wanted = np.zeros_like(x)
+    for place in np.ndindex(2, 7):
+        for e, weight in zip(chosen[place], weights[place], strict=True):
+            gate, up = project("gate_proj", e, x[place]), project("up_proj", e, x[place])
+            if experts.clamp:
+                gate, up = np.minimum(gate, 0.8), np.clip(up, -0.8, 0.8)
+                middle = gate / (1 + np.exp(-1.7 * gate)) * (up + 1)
+            else:
+                middle = np.maximum(gate, 0) * up
+            wanted[place] += weight * project("down_proj", e, middle)
+    arrays = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), (x, weights, stacks))
+    found = jax.jit(lambda x, w, s: mix(experts, jax.nn.relu, (), x, jnp.asarray(chosen), w, s))(*arrays)
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+def test_weights_of_the_chosen():
+    logits = jnp.log(jnp.asarray([[[0.1, 0.4, 0.3, 0.2]]]))
+    assert route(Experts(4, 2, 1), logits)[0].tolist() == [[[1, 2]]]
+    np.testing.assert_allclose(route(Experts(4, 2, 1), logits)[1], [[[4 / 7, 3 / 7]]], rtol=1e-6)
+    np.testing.assert_allclose(route(Experts(4, 2, 1, normalise=False), logits)[1], [[[0.4, 0.3]]], rtol=1e-6)
+    np.testing.assert_allclose(route(Experts(4, 2, 1, softmax_chosen=True), logits)[1], [[[4 / 7, 3 / 7]]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+def test_a_mesh_changes_no_number(make_model, random_params, shape):
+    fields = {"kinds": (LayerKind(experts=Experts(4, 2, 12)), LayerKind(experts=BIASED)), "num_layers": 2}
+    fields |= {"sinks": True, "num_kv_heads": 4}
+    mesh = make_mesh(shape)
+    model, alone = make_model(mesh=mesh, **fields), make_model(**fields)
+    params = random_params(alone)
+    tokens_BL = np.random.default_rng(0).integers(0, 48, (4, 9)).astype(np.int32)
+
+    def loss(model, params, tokens_BL):
+        return (model.hidden(params, tokens_BL) ** 2).mean()
+
+    step = jax.jit(jax.value_and_grad(loss, 1), static_argnums=0)
+    placed = jax.device_put(params, model.shardings())
+    ours = step(model, placed, jax.device_put(tokens_BL, batch_sharding(mesh)))
+    theirs = step(alone, params, tokens_BL)
+    np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(ours[1]), jax.tree.leaves(theirs[1]), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * max(1.0, float(np.abs(b).max())))
+
+
+def test_experts_are_sharded(make_model):
+    kinds = (LayerKind(experts=Experts(4, 2, 12)),)
+    model = make_model(mesh=make_mesh({"expert": 4, "fsdp": 2}), kinds=kinds, num_layers=1)
+    axes = model.logical_axes()["blocks"]["layer_0"]["mlp"]["experts"]
+    assert axes["up_proj"]["kernel"] == ("layers", "expert", "mlp", "embed")
+    assert axes["down_proj"]["kernel"] == ("layers", "expert", "embed", "mlp")
