@@ -39,13 +39,13 @@ def environment(devices, index=None, port=0):
     return env
 
 
-def start_two(arguments, folder):
+def start_two(arguments, folder, **variables):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     return [
-        subprocess.Popen(arguments, env=environment(2, index, port), stdout=(folder / f"{index}.log").open("w"),
-                         stderr=subprocess.STDOUT)
+        subprocess.Popen(arguments, env={**environment(2, index, port), **variables},
+                         stdout=(folder / f"{index}.log").open("w"), stderr=subprocess.STDOUT)
         for index in range(2)
     ]
 
@@ -76,3 +76,23 @@ def test_signal_to_either_stops_both_at_the_same_saved_step(command, tmp_path, v
     assert [process.wait(120) for process in two] == [143, 143], log.read_text()
     step = int(re.search(r"stopped by .*: step (\d+) of 5000 is saved", log.read_text())[1])
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [str(step)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_dead_or_stopped_process_ends_the_job_with_a_line_that_names_it(command, tmp_path, number):
+    """The run itself (not its supervisor) of process 1 is killed or stopped; process 0 leaves within the time-out."""
+    settings = ["--config.train.max_steps=5000", "--config.evaluators=()"]
+    two = start_two([*command, *settings, "--workdir", str(tmp_path / "run")], tmp_path, ITUNE_HEARTBEAT="10")
+    log = tmp_path / "0.log"
+    limit = time.monotonic() + 400
+    while "step 5/" not in log.read_text() and time.monotonic() < limit and two[0].poll() is None:
+        time.sleep(0.2)
+    children = Path(f"/proc/{two[1].pid}/task/{two[1].pid}/children").read_text().split()
+    os.kill(int(children[0]), number)
+    begun = time.monotonic()
+    assert two[0].wait(60) == 1, log.read_text()
+    took = time.monotonic() - begun
+    assert took < 10 + 5 + 5, took  # time-out, 5 s, and as much for a busy machine
+    said = re.findall(r"itune: the run on host .*last finished step: \d+.*", log.read_text())
+    assert len(said) == 1 and "process 1" in said[0], log.read_text()[-3000:]
+    assert two[1].wait(60) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -178,6 +179,12 @@ def test_falls_back_to_the_previous_good_step(copy):
         store.check_named(20)
     store.set_aside_after(10)
     assert store.steps() == [10] and (copy / "damaged-20").is_dir()
+
+
+def test_clock_set_back_a_day_changes_no_order(copy):
+    for path in [copy / "20", *(copy / "20").rglob("*")]:
+        os.utime(path, (1.0, path.stat().st_mtime - 86400))
+    assert Store(copy).steps() == [10, 20] and Store(copy).newest_good() == 20
 
 
 def test_folder_without_manifest_is_no_checkpoint(copy):
