@@ -19,7 +19,7 @@ from itune.types import Batch
 
 
 def model(width, layers, heads, kv, head_dim, mlp, vocab, window=None):
-    kinds = (types.SimpleNamespace(window=window),) * layers
+    kinds = (types.SimpleNamespace(window=window, experts=None),) * layers
     return types.SimpleNamespace(width=width, num_layers=layers, num_heads=heads, num_kv_heads=kv, head_dim=head_dim,
                                  mlp_width=mlp, vocab_size=vocab, kinds=kinds)
 
