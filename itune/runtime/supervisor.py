@@ -119,7 +119,7 @@ class SupervisedRun:
                  for index in sorted(lost) if str(index) != own]
         if names:
             line += f"; gone or silent for more than {heartbeat_seconds()} s: {', '.join(names)}"
-        elif announced_processes() > 1 and code < 0 and any("coordination" in text.lower() for text in self._said):
+        elif announced_processes() > 1 and own != "0" and code < 0 and any("coordination" in text.lower() for text in self._said):
             line += f"; the coordinator, process 0 ({self.hosts[0]}), is gone or silent"
         return line
 
@@ -144,8 +144,8 @@ class SupervisedRun:
             os.write(2, raw)
 
 
-# "/job:jax_worker/replica:0/task:1" and what other releases of jax write
-_LOST = re.compile(r"task:(\d+)\b.{0,200}(?:heartbeat|unhealthy|died|disconnected|unavailable)", re.IGNORECASE)
+# "Task 1 heartbeat timeout" of jax 0.10, "/job:jax_worker/replica:0/task:1" of other releases
+_LOST = re.compile(r"task[: ](\d+)\b.{0,200}(?:heartbeat|unhealthy|died|disconnected|unavailable)", re.IGNORECASE)
 
 
 def _is_stopped(pid: int) -> bool:

@@ -76,7 +76,7 @@ def test_run_is_told_when_its_supervisor_dies(tmp_path):
 def test_lost_process_is_named_by_its_host(monkeypatch, capfd):
     monkeypatch.setenv("ITUNE_NUM_PROCESSES", "2")
     monkeypatch.setenv("ITUNE_PROCESS_ID", "0")
-    line = "/job:jax_worker/replica:0/task:1 heartbeat timeout"
+    line = "task is set to ERROR: UNAVAILABLE: Task 1 heartbeat timeout. This indicates that the remote task has failed"
     assert run(f"mark('hosts', 'left,right'); print({line!r}, file=sys.stderr); os.abort()") == 1
     assert "gone or silent for more than 100 s: process 1 (right)" in capfd.readouterr().err
 
