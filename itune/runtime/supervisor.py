@@ -119,7 +119,7 @@ class SupervisedRun:
                  for index in sorted(lost) if str(index) != own]
         if names:
             line += f"; gone or silent for more than {heartbeat_seconds()} s: {', '.join(names)}"
-        elif announced_processes() > 1 and own != "0" and code < 0 and any("coordination" in text.lower() for text in self._said):
+        elif own not in ("", "0") and code < 0 and any("coordination" in text.lower() for text in self._said):
             line += f"; the coordinator, process 0 ({self.hosts[0]}), is gone or silent"
         return line
 
