@@ -145,8 +145,9 @@ def _contained(left: Answer, right: Answer) -> bool:
     short, long = sorted((left, right), key=lambda answer: len(answer.normal))
     if short.normal in long.normal and len(short.normal) > 2:
         return True
-    initials = "".join(word[0] for word in long.normal.split())
-    if short.normal.replace(" ", "") == initials and len(initials) > 1:
+    spelled = long.normal.split()
+    initials = {"".join(word[0] for word in spelled if word not in left_out) for left_out in ((), ("and", "of", "the"))}
+    if len(short.normal) > 1 and short.normal.replace(" ", "") in initials:
         return True
     return len(long.normal) <= 80 and difflib.SequenceMatcher(None, short.normal, long.normal).ratio() > 0.8
 

@@ -1,4 +1,4 @@
-"""Held out, provably: split by task or conversation, clear what gives an evaluation item away, store the proof.
+"""Held out, provably: clear training of what gives a held-out item away, and prove that nothing is left.
 
 Rows are removed until a whole pass over what is left finds nothing. The proof then records for every held-out item the
 hash of its text and the nearest text left in training, with the score. Too few novel prompts stop the run.
@@ -7,7 +7,6 @@ hash of its text and the nearest text left in training, with the score. Too few 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -29,45 +28,6 @@ class Decontaminated:
     held_out: tuple[int, ...]
     findings: tuple[Finding, ...]
     proof: dict[str, Any]
-
-
-def split(
-    conversations: Sequence[Conversation], by: str = "", share: float = 0.1, minimum: int = 0, seed: int = 0
-) -> tuple[list[int], list[int]]:
-    """Split into (training rows, held-out rows), whole groups at a time.
-
-    `by` names a metadata field whose values are the groups (a task); "" makes each prompt its own group, so that rows
-    that ask the same stay together. Groups are ordered by a hash of seed and name, so a group's side does not depend
-    on the order of the rows; they are held out until `share` of the groups and `minimum` rows are reached. Raises
-    InputError for a field that rows lack, and when nothing would be left to train on.
-    """
-    if not 0 <= share < 1:
-        raise InputError(f"data.held_out_share: found {share}; expected at least 0 and below 1")
-    groups: dict[str, list[int]] = {}
-    for index, row in enumerate(conversations):
-        groups.setdefault(_group(row, by), []).append(index)
-    names = sorted(groups, key=lambda name: hashlib.sha256(f"{seed}\0{name}".encode()).digest())
-    wanted, used = round(share * len(names)), 0
-    held: list[int] = []
-    while used < len(names) and (used < wanted or len(held) < minimum):
-        held += groups[names[used]]
-        used += 1
-    if len(held) == len(conversations) and held:
-        kind = f"groups of {by!r}" if by else "distinct prompts"
-        raise InputError(f"held-out split: {len(names)} {kind} with {len(held)} rows; holding out {minimum} rows and "
-                         f"{share:.0%} of the groups leaves nothing to train on")
-    inside = set(held)
-    return [index for index in range(len(conversations)) if index not in inside], sorted(held)
-
-
-def _group(row: Conversation, by: str) -> str:
-    if not by:
-        return words.normalise(words.prompt_text(row))
-    if by not in row.metadata:
-        near = difflib.get_close_matches(by, list(row.metadata), n=1)
-        choice = f"did you mean {near[0]!r}?" if near else f"its fields: {', '.join(map(str, row.metadata)) or 'none'}"
-        raise InputError(f"{row.address}: no field {by!r} to split by; {choice}")
-    return str(row.metadata[by])
 
 
 def decontaminate(
@@ -168,7 +128,7 @@ def _proof(
     hashes = [hashlib.sha256(words.normalise(text).encode()).hexdigest() for text in prompts]
     novel = len(set(hashes))
     if novel < minimum:
-        raise RunError(f"held out: {novel} distinct novel prompts remain of {len(held_out)} items; data.novel_min asks "
+        raise InputError(f"held out: {novel} distinct novel prompts remain of {len(held_out)} items; data.novel_min asks "
                        f"for {minimum}. Hold out more groups (data.held_out_share) or lower data.novel_min")
     first_piece = np.unique(_pieces(held_out).rows, return_index=True)[1]  # an item's whole prompt
     near, score = (part[first_piece] for part in compared.nearest())

@@ -9,12 +9,13 @@ from __future__ import annotations
 import collections
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from itune.data import planted_texts as texts
 from itune.data import rewording, words
+from itune.data.findings import Finding
 from itune.types import Address, Conversation, InputError
 
 
@@ -76,6 +77,40 @@ def plant(conversations: Sequence[Conversation], kind: str, rate: float = 0.05, 
         truth.append(len(out) - 1 if appends else index)
         origin.append(index)
     return Planted(tuple(out), tuple(truth), tuple(origin))
+
+
+def plant_pairs(
+    conversations: Sequence[Conversation], kinds: Sequence[str], rate: float = 0.05, seed: int = 0
+) -> tuple[list[Conversation], dict[str, dict[int, int]]]:
+    """Append planted rows of several kinds: (all rows, and for each kind planted row -> the row it was made from)."""
+    rows, truth = list(conversations), {}
+    for kind in kinds:
+        planted = plant(conversations, kind, rate, seed)
+        shift = len(rows) - len(conversations)
+        truth[kind] = {row + shift: origin for row, origin in zip(planted.truth, planted.origin, strict=True)}
+        rows += planted.conversations[len(conversations) :]
+    return rows, truth
+
+
+def judge_pairs(
+    found: Sequence[Finding], truth: Mapping[str, Mapping[int, int]], kind: str
+) -> tuple[set[int], list[Finding]]:
+    """Planted rows of `kind` that were found, and the findings that are wrong.
+
+    A finding is right if it links a planted row of the kind with a row made from the same original, or with the
+    original. Whatever else is found, in real rows too, counts as wrong.
+    """
+    origin_of = {row: origin for planted in truth.values() for row, origin in planted.items()}
+    right, wrong = set(), []
+    for each in found:
+        ends = (each.index, each.other)
+        same = origin_of.get(ends[0], ends[0]) == origin_of.get(ends[1], ends[1])
+        planted = [row for row in ends if row in truth[kind]]
+        if same and planted:
+            right.update(planted)
+        else:
+            wrong.append(each)
+    return right, wrong
 
 
 def answer_of(row: Conversation) -> str:

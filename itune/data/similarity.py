@@ -112,11 +112,12 @@ def document_frequency(matrix: Any) -> np.ndarray:
 
 
 def weighted(matrix: Any, frequency: np.ndarray, documents: int) -> Any:
-    """Counts -> TF-IDF rows of length 1: tf * (ln((1 + n) / (1 + df)) + 0.1) ** 1.5.
+    """Counts -> TF-IDF rows of length 1: tf * (ln((5 + n) / (5 + df)) + 0.5) ** 2.
 
-    Rarity counts more than in the usual formula, so that rows of one template are told apart by what fills it.
+    Rarity counts more than in the usual formula (ln((1 + n) / (1 + df)) + 1), so that rows of one template are told
+    apart by what fills it; among few texts, where rarity says little, it counts less.
     """
-    idf = ((np.log((1 + documents) / (1 + frequency)) + 0.1) ** 1.5).astype(np.float32)
+    idf = ((np.log((5 + documents) / (5 + frequency)) + 0.5) ** 2).astype(np.float32)
     scaled = matrix.copy()
     scaled.data = matrix.data * idf[matrix.indices]
     lengths = np.diff(matrix.indptr)

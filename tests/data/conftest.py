@@ -117,3 +117,25 @@ def chat():
         return first + [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def real_rows(shared_data) -> dict[str, list]:
+    """The real rows by file: p3_sample, gsm8k_messages, seed_tasks. Rows without an answer are left out."""
+    from itune.data.formats import convert, detect_format
+    from itune.data.sources import open_sources
+    from itune.types import Address, Conversation, Message
+
+    found: dict[str, list] = {}
+    for name in ("p3_sample", "gsm8k_messages"):
+        rows = list(open_sources(str(shared_data / f"{name}.jsonl.gz"))[0].rows())
+        found[name] = [convert(row, detect_format(rows[:8])) for row in rows]
+    found["seed_tasks"] = []
+    for number, line in enumerate((shared_data / "seed_tasks.jsonl").read_text().splitlines(), start=1):
+        task = json.loads(line)
+        for each in task["instances"]:
+            prompt = f"{task['instruction']}\n{each['input']}".strip()
+            messages = (Message("user", prompt), Message("assistant", each["output"]))
+            address = Address("seed_tasks", "seed_tasks.jsonl", number)
+            found["seed_tasks"].append(Conversation(messages, address, {"task": task["name"]}))
+    return {name: [row for row in rows if row.messages[-1].content.strip()] for name, rows in found.items()}
