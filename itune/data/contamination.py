@@ -43,8 +43,8 @@ class Comparison:
 
     def __init__(self, held_out: Sequence[str], training: Sequence[str]) -> None:
         vocabulary = Vocabulary()
-        self.texts = list(held_out), list(training)
-        self.words = vocabulary.encode(held_out), vocabulary.encode(training)
+        self.texts: tuple[list[str], ...] = list(held_out), list(training)
+        self.words: tuple[Ragged, ...] = vocabulary.encode(held_out), vocabulary.encode(training)
         self.counts = [similarity.char_counts(encoded, vocabulary) for encoded in self.words]
 
     def subset(self, held_out: np.ndarray, training: np.ndarray) -> Comparison:
@@ -61,10 +61,11 @@ class Comparison:
         queries, base = self.words
         match = np.full(len(base), -1, np.int64)
         method, score = np.zeros(len(base), np.int8), np.zeros(len(base), np.float32)
-        close = similarity.match(*self._vectors(), threshold=cosine, keep=0)
+        asked, known = self._vectors()
+        close = similarity.match(asked, known, threshold=cosine, keep=0)
         found = (
             _exact(queries, base),
-            _contained(queries, base, *self.texts),
+            _contained(queries, base, self.texts[0], self.texts[1]),
             _shared_grams(queries, base, grams),
             (close.query_of_base, close.score_of_base),
         )
@@ -75,11 +76,12 @@ class Comparison:
 
     def nearest(self) -> tuple[np.ndarray, np.ndarray]:
         """The training text nearest to each held-out text (-1: none) and its TF-IDF cosine."""
-        found = similarity.match(*self._vectors(), threshold=2.0)
+        asked, known = self._vectors()
+        found = similarity.match(asked, known, threshold=2.0)
         return found.nearest, found.nearest_score
 
     def _vectors(self) -> list[Any]:
-        frequency = sum(similarity.document_frequency(matrix) for matrix in self.counts)
+        frequency = np.sum([similarity.document_frequency(matrix) for matrix in self.counts], axis=0)
         documents = sum(matrix.shape[0] for matrix in self.counts)
         return [similarity.weighted(matrix, frequency, documents) for matrix in self.counts]
 

@@ -80,7 +80,9 @@ def write_rejects(
         for index in rows:
             row = conversations[index]
             messages = [{"role": m.role, "content": privacy.redact(m.content)} for m in row.messages]
-            record = {"address": str(row.address), "reasons": reasons.get(index, []), "messages": messages}
+            record: dict[str, Any] = {
+                "address": str(row.address), "reasons": reasons.get(index, []), "messages": messages,
+            }
             record["metadata"] = {key: privacy.redact(str(value)) for key, value in row.metadata.items()}
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
     os.replace(partial, target)

@@ -128,8 +128,8 @@ def _proof(
     hashes = [hashlib.sha256(words.normalise(text).encode()).hexdigest() for text in prompts]
     novel = len(set(hashes))
     if novel < minimum:
-        raise InputError(f"held out: {novel} distinct novel prompts remain of {len(held_out)} items; data.novel_min asks "
-                       f"for {minimum}. Hold out more groups (data.held_out_share) or lower data.novel_min")
+        raise InputError(f"held out: {novel} distinct novel prompts remain of {len(held_out)} items; data.novel_min "
+                       f"asks for {minimum}. Hold out more groups (data.held_out_share) or lower data.novel_min")
     first_piece = np.unique(_pieces(held_out).rows, return_index=True)[1]  # an item's whole prompt
     near, score = (part[first_piece] for part in compared.nearest())
     row_of_text = _pieces(train).rows

@@ -36,7 +36,7 @@ class Turn(NamedTuple):
     context: str
     prompt: str
     response: str
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody calls
 
 
 def fold(text: str) -> str:

@@ -104,7 +104,10 @@ def test_what_only_looks_alike_stays(held_out, training):
 
 def test_a_template_that_many_rows_share_is_no_evidence():
     template = "Read the review below carefully and say whether the writer liked the product. Review: {}. Liked it?"
-    things = "lamp kettle hammer bicycle trumpet carpet mirror blender anvil canoe pillow guitar ladder teapot".split()
+    things = [
+        "lamp", "kettle", "hammer", "bicycle", "trumpet", "carpet", "mirror", "blender",
+        "anvil", "canoe", "pillow", "guitar", "ladder", "teapot",
+    ]
     prompts = [template.format(thing) for thing in things]
     result = Comparison(prompts[:2], prompts[2:]).overlap()
     assert not (result.method[result.match >= 0] == METHODS.index("8-gram")).any()
