@@ -70,14 +70,15 @@ def test_target_balance_meets_both_margins():
     for (source, category), count in both.draws.items():
         sums[source] += count
         sums[category] += count
-    assert all(abs(sums[name] - want) <= 2 for name, want in {"a": 700, "b": 300, "creative": 600, "factual": 400}.items())
+    wanted = {"a": 700, "b": 300, "creative": 600, "factual": 400}
+    assert all(abs(sums[name] - want) <= 2 for name, want in wanted.items())
 
 
 def test_targets_that_cannot_hold_are_refused():
     cells = {("a", "creative"): 10, ("b", "factual"): 10}
     with pytest.raises(InputError, match="no rows for coding"):
         balance.target_balance(cells, {"creative": 1, "coding": 1})
-    with pytest.raises(InputError, match="category creative can reach 80.0% at these source shares"):
+    with pytest.raises(InputError, match=r"category creative can reach 80\.0% at these source shares"):
         balance.target_balance(cells, {"creative": 1, "factual": 1}, sources={"a": 0.8, "b": 0.2})
 
 
@@ -122,7 +123,8 @@ def test_labels_come_first_then_sources_then_rules():
     assert [tuple(each) for each in found] == [
         ("analytical", "label"), ("analytical", "source"), ("creative", "rule"), ("unknown", "unknown"),
     ]  # fmt: skip
-    assert categories.table(found, rows) == {"gsm": {"analytical": 1}, "s": {"analytical": 1, "creative": 1, "unknown": 1}}
+    expected = {"gsm": {"analytical": 1}, "s": {"analytical": 1, "creative": 1, "unknown": 1}}
+    assert categories.table(found, rows) == expected
     with pytest.raises(InputError, match="has default 'maths'"):
         categories.categorise(rows, source_defaults={"gsm": "maths"})
     assert [categories.from_label(label) for label in ("Coding & Debugging", "creative_writing", "open-qa", "?")] == [

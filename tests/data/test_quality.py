@@ -1,4 +1,4 @@
-"""All filters behind one call: nothing goes by default, actions decide, rejects keep what went, predicates are checked."""
+"""All filters behind one call: nothing goes by default, actions decide, rejects keep what went."""
 
 import json
 import sys
@@ -14,7 +14,8 @@ SECRET = "ghp_" + "a1B2" * 9
 
 
 def pair(prompt, answer, line=1, **metadata):
-    return Conversation((Message("user", prompt), Message("assistant", answer)), Address("f", "f.jsonl", line), metadata)
+    messages = (Message("user", prompt), Message("assistant", answer))
+    return Conversation(messages, Address("f", "f.jsonl", line), metadata)
 
 
 ROWS = [

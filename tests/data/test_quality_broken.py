@@ -52,7 +52,7 @@ def test_broken_pairs_are_found(prompt, answer, kind):
         ("How do I bake bread?", "Mix, knead, wait, bake; see https://bread.example/how"),
         ("Translate 'cat' into Russian.", "кошка"),
         ("How do you say good morning in Spanish?", "Se dice buenos días, y por la tarde buenas tardes."),
-        ("What is the Greek letter for the angle?", "α"),
+        ("What is the Greek letter for the angle?", "\u03b1"),
         ("Summarize the following article: The mayor resigned on Monday after a vote.", "The mayor resigned."),
         ("Correct the grammar: he go to school.", "He goes to school."),
         ("The weather is bad today. Rewrite this sentence.", "Today the weather is bad."),
