@@ -79,7 +79,7 @@ def _scale(units: list[list[Any]], level: str) -> tuple[list[Any], dict[Any, int
         raise InputError(f"agreement: unknown level {level!r}; expected one of {', '.join(LEVELS)}")
     found = {value for unit in units for value in unit}
     if level != "nominal" and not all(isinstance(value, int | float) for value in found):
-        odd = next(value for value in found if not isinstance(value, int | float))
+        odd = next(value for value in sorted(found, key=str) if not isinstance(value, int | float))
         raise InputError(f"agreement: level {level!r} needs numbers, found {odd!r}; use 'nominal' for labels")
     values = sorted(found, key=str) if level == "nominal" else sorted(found)
 

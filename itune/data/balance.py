@@ -41,26 +41,31 @@ def plan(
     weights: Mapping[str, float] | None = None,
     counts: Mapping[str, int | float] | None = None,
     cap: int = 0,
-    temperature: float = 1.0,
+    temperature: float | None = None,
     total: int = 0,
     max_repeats: float = 0.0,
 ) -> Plan:
-    """Draws by group: proportional to weight * min(rows, cap) ** (1 / temperature), as T5 mixes by examples.
+    """Draws by group. With nothing set, every row once; `cap` counts no more than so many rows of a group.
 
-    `counts` fixes groups instead: an int is a number of rows, a float a multiple of the group (0.5 half of it, 2.0
-    twice). `total` is the number of draws over all groups; 0 takes the (capped) rows there are. With `max_repeats`, no
-    group is drawn more than so many times over; what it cannot give goes to the others. Raises InputError for unknown
-    groups, negative numbers, and a total that cannot be reached.
+    `weights` are shares of the mixture, whatever the sizes, 0 for a group without one. `temperature` makes sizes count
+    again: shares go by weight * min(rows, cap) ** (1 / temperature), as T5 mixes by examples (1 is proportional to
+    size, large is even). `counts` fixes groups instead: an int is a number of rows, a float a multiple of the group
+    (0.5 half of it, 2.0 twice). `total` is the number of draws over all groups; 0 takes as many as there are (capped)
+    rows. With `max_repeats`, no group is drawn more than so many times over; what it cannot give goes to the others.
+    Raises InputError for unknown groups, negative numbers, and a total that cannot be reached.
     """
     _check(available, weights or {}, "weights")
     _check(available, counts or {}, "counts")
-    if temperature <= 0:
+    if temperature is not None and temperature <= 0:
         raise InputError(f"mixture: temperature {temperature}; expected above 0 (1 is proportional, large is even)")
     capped = {name: min(rows, cap) if cap else rows for name, rows in available.items()}
     fixed = {name: _fixed(name, value, available[name]) for name, value in (counts or {}).items()}
     free = [name for name in available if name not in fixed]
     rate = {name: (weights or {}).get(name, 0.0 if weights else 1.0) for name in free}
-    mass = {name: rate[name] * capped[name] ** (1 / temperature) if capped[name] else 0.0 for name in free}
+    power = 1 / temperature if temperature is not None else 0.0 if weights else 1.0
+    mass = {name: rate[name] * capped[name] ** power if capped[name] else 0.0 for name in free}
+    if weights and free and not any(mass.values()):
+        raise InputError("mixture: every weight is 0 or its group empty; expected at least one above 0")
     wanted = total - sum(fixed.values()) if total else sum(capped[name] for name in free if mass[name] > 0)
     if wanted < 0:
         raise InputError(f"mixture: the fixed counts are {sum(fixed.values())} rows, more than the total of {total}")
@@ -90,12 +95,13 @@ def target_balance(
     the targets rows keep their natural proportions (iterative proportional fitting, Deming and Stephan 1940). Raises
     InputError for a category or source with a share but no rows, and where both targets cannot hold at once.
     """
-    rows_of = [_margin(cells, side) for side in (1, 0)]
-    for side, (shares, rows) in enumerate(zip((categories, sources or {}), rows_of)):
-        _check(rows, shares, ("category shares", "source shares")[side])
-        empty = [name for name, share in shares.items() if share > 0 and not rows[name]]
+    for side, shares in ((1, categories), (0, sources or {})):
+        rows = _margin(cells, side)
+        empty = [name for name, share in shares.items() if share > 0 and not rows.get(name)]
         if empty or (shares and sum(shares.values()) <= 0):
-            raise InputError(f"balance: no rows for {', '.join(empty) or 'any share'}")
+            known = ", ".join(name for name, count in rows.items() if count)
+            raise InputError(f"balance: no rows for {', '.join(empty) or 'any share'}; there are rows for {known}")
+        _check(rows | dict.fromkeys(shares, 0), shares, ("source shares", "category shares")[side])
     kept = {cell: rows for cell, rows in cells.items() if categories.get(cell[1], 0) > 0 and rows}
     if sources:
         kept = {cell: rows for cell, rows in kept.items() if sources.get(cell[0], 0) > 0}
@@ -127,8 +133,8 @@ def _reached(mass: Mapping[tuple[str, str], float], shares: Mapping[str, float],
     sums, whole = _margin(mass, side), sum(shares.values())
     for name, share in shares.items():
         if abs(sums.get(name, 0.0) - share / whole) > 0.01:
-            raise InputError(f"balance: {kind} {name} can reach {sums.get(name, 0.0):.1%} at these source shares; its "
-                             f"target is {share / whole:.1%}. Change the shares, or add such rows to another source")
+            raise InputError(f"balance: {kind} {name} can reach {sums.get(name, 0.0):.0%} at these source shares; its "
+                             f"target is {share / whole:.0%}. Change the shares, or add such rows to another source")
 
 
 def _fill(
@@ -137,7 +143,7 @@ def _fill(
     """`wanted` draws in proportion to mass, none above its limit; what is over goes to the others."""
     open_groups = {name for name, value in mass.items() if value > 0}
     if wanted and not open_groups:
-        raise InputError(f"{where}: every weight is 0 or every group empty; expected at least one above")
+        raise InputError(f"{where}: {wanted:.0f} draws asked for, but every group is empty")
     shares = dict.fromkeys(mass, 0.0)
     left = float(wanted)
     while open_groups:

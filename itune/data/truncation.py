@@ -19,13 +19,15 @@ our your my these those into onto between during without within
 _FUNCTION = frozenset(_UNFINISHED.split())
 _ENDED = re.compile(r"[.!?\u2026\u3002\uff01\uff1f\u061f\u0964:;)\]}>\"\u201d\u2019'`*_~|/\\%\u00b0\u2605\u2606]$")
 _MIDDLE = re.compile(r"(?:[,(\[{&+=<\u201c\u00a1\u00bf\u2013\u2014]|[^\W_]-|\s[-/*$])$")
+_SENTENCE_END = re.compile(r"[^\W\d_][.!?][\"\u201d')]?\s+(?=[A-Z\u00c0-\u00dd\"\u201c])|\s\.\s")
+_SPEAKER = re.compile(r"^\s*[\w .'-]{1,30}:")
 _LIST_LINE = re.compile(r"^\s*(?:[-*\u2022\u00b7]|\d+[.)]|[a-zA-Z][.)])\s")
 _WORD = re.compile(r"[^\W\d_]+")
 _CODE = re.compile(r"```|^\s*(?:def|class|import|from|function|var|let|const|SELECT|<\w+|[{}();]+)", re.MULTILINE)
 _LAST = re.compile(r"(?:^|[\s(\"'\u201c-])([^\W\d_]+)$")
 LEAST_WORDS = 8  # shorter answers are phrases and need no full stop
-ENOUGH = 6  # answers of a task before its habit says anything
-HABIT = 0.85  # share of a task's answers that end in punctuation
+ENOUGH = 4  # answers of a task before its habit says anything
+HABIT = 0.8  # share of a task's answers that end in punctuation
 
 
 class Endings:
@@ -85,4 +87,7 @@ class Endings:
         opened = any(text.count(left) > text.count(right) for left, right in pairs) or text.count('"') % 2 == 1
         if opened and not listed and habit >= 0.5:
             return "open bracket or quotation"
-        return "no final punctuation, unlike its task" if habit >= HABIT and not listed else ""
+        if habit >= HABIT and not listed:
+            return "no final punctuation, unlike its task"
+        own = len(_SENTENCE_END.findall(text)) >= 2 and not _SPEAKER.search(lines[-1]) and not listed
+        return "no final punctuation, unlike its own sentences" if own and habit >= 0.3 else ""

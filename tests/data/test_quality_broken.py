@@ -100,10 +100,10 @@ FLOORS = {
 @pytest.mark.parametrize("kind", FLOORS)
 def test_precision_and_recall_on_planted_defects(real_rows, kind):
     """On a seed that no rule was written on. What is found in real rows counts as wrong, even where it is right."""
-    rng = np.random.default_rng(104)
-    chosen = rng.permutation(len(real_rows["p3_sample"]))[:1100]
-    base = [real_rows["p3_sample"][i] for i in chosen] + real_rows["gsm8k_messages"][:300] + real_rows["seed_tasks"]
-    planted = planting.plant(base, kind, 0.06, seed=104)
+    rng = np.random.default_rng(105)
+    chosen = rng.permutation(len(real_rows["p3_sample"]))[:2100]
+    base = [real_rows["p3_sample"][i] for i in chosen] + real_rows["gsm8k_messages"][:700] + real_rows["seed_tasks"]
+    planted = planting.plant(base, kind, 0.05, seed=105)
     find = privacy.find_private if kind in ("secret", "personal") else find_broken
     found = {each.index for each in find(planted.conversations, [kind])}
     right = found & set(planted.truth)
