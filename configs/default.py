@@ -80,13 +80,20 @@ def get_config() -> ConfigDict:
     c.checkpoint.keep_every = 0  # checkpoints whose step is a multiple of this stay too; 0 is off
     c.checkpoint.minutes = 0.0  # saves when the last save is so many minutes ago, besides checkpoint.every; 0 is off
 
-    c.eval = ConfigDict()
+    c.eval = ConfigDict(convert_dict=False)
     c.eval.every = 0  # steps; 0 evaluates before and after training
     c.eval.batch_size = 16  # rows
     c.eval.max_new_tokens = 64  # tokens a generated answer may have
     c.eval.limit = 0  # items that generation evaluators answer; 0 is all
     c.eval.score = "exact"  # what is right: exact | normalized | package.module:function with arguments (item, answer)
     c.eval.by = "category"  # metadata field whose values results are broken down by
+    c.eval.groups = ()  # further fields to break results down by, such as ("annotator",)
+    c.eval.patience = 0  # stop after so many evaluations in a row without a better eval.metric; 0 is off
+    c.eval.metric = "heldout_loss/loss"  # evaluator/number; lower is better where its name says loss, error, perplexity
+    c.eval.min_delta = 0.0  # an improvement is larger than this
+    c.eval.lm_eval = ()  # tasks of lm-evaluation-harness, for the evaluator lm_eval
+    c.eval.lm_eval_path = ""  # folder with task files of your own; "" uses the harness's
+    c.eval.lm_eval_options = {}  # such as {"apply_chat_template": True, "num_fewshot": 5, "limit": 200}
 
     c.log = ConfigDict()
     c.log.every = 10  # steps

@@ -44,7 +44,8 @@ def main(argv: list[str] | None = None) -> int:
 def _config(arguments: argparse.Namespace) -> Any:
     from itune.config import load_config, parse_overrides
 
-    return load_config(arguments.config, parse_overrides(arguments.overrides))
+    overrides = {**parse_overrides(arguments.overrides), **getattr(arguments, "settings", {})}
+    return load_config(arguments.config, overrides)
 
 
 def _finish(arguments: argparse.Namespace, result: Any) -> int:
@@ -78,9 +79,14 @@ def _train(arguments: argparse.Namespace) -> int:
 def _eval(arguments: argparse.Namespace) -> int:
     from itune.saved_run import evaluate_saved
 
+    if arguments.lm_eval:
+        tasks = tuple(name.strip() for name in arguments.lm_eval.split(",") if name.strip())
+        arguments.settings = {"evaluators": ("lm_eval",), "eval.lm_eval": tasks}
+        if arguments.lm_eval_path:
+            arguments.settings["eval.lm_eval_path"] = arguments.lm_eval_path
     return _finish(arguments, evaluate_saved(
         _config(arguments), workdir=arguments.workdir, step=arguments.step, model_folder=arguments.model,
-        out=arguments.out,
+        out=arguments.out, base=arguments.base,
     ))
 
 

@@ -129,6 +129,13 @@ class EvalSection:
     limit: int = _key(0, "items, 0 is all", 0)
     score: str = _key("exact", "exact, normalized or package.module:function")
     by: str = _key("category", "field of the metadata")
+    groups: tuple = _key((), "fields of the metadata")
+    patience: int = _key(0, "evaluations, 0 is off", 0)
+    metric: str = _key("heldout_loss/loss", "evaluator/number")
+    min_delta: float = _key(0.0, "in the unit of eval.metric", 0.0)
+    lm_eval: tuple = _key((), "task names of lm-evaluation-harness")
+    lm_eval_path: str = _key("", "folder of task files")
+    lm_eval_options: dict = _key({}, "keyword arguments of lm_eval.simple_evaluate")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,9 @@ import jax
 from itune import evaluators
 from itune.checkpoint import Store
 from itune.config import Config
+from itune.evaluators import shown
 from itune.feed import feed
+from itune.judge import Judge, read_summary
 from itune.progress import Meter, Progress
 from itune.report import write_report
 from itune.runtime import distributed
@@ -99,14 +101,15 @@ class Run:
         self.saved_step = -1
         self.saved_at = self.started
         self.skipped = self.skipped_in_row = 0  # updates that were not finite
-        self.judged: dict[int, set[str]] = {}
+        self.judge = Judge(config, workdir)
+        self.stalled = ""  # why it ends before its last step
         self.profiler = Profiler(config.profile.steps, workdir)
         self.environment: dict[str, Any] = {}
         self.metrics: dict[str, Any] = {}
         self.writers: Writers | None = None
         self.store = Store(
             workdir / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_best,
-            metrics=lambda step: evaluators.flatten(self._evaluation(step)), log=self.log,
+            metrics=lambda step: evaluators.flatten(read_summary(workdir, step)), log=self.log,
             keep_every=config.checkpoint.keep_every,
         )
 
@@ -127,10 +130,11 @@ class Run:
             check_resume(self.workdir, saved, self.config, data, self.log)
             self.done = self.saved_step = saved.step
             self.skipped, self.skipped_in_row = saved.data.get("skipped", (0, 0))
-            self.judged[self.done] = set(self._evaluation(self.done))
+            self.judge.resume(self.done)
+            self.stalled = self.judge.stalled()
             self.store.set_aside_after(saved.step)
             self.metrics = next((r for r in reversed(logged) if r["step"] <= self.done), {})
-            if self.done == self.total and not self._unjudged():
+            if (self.stalled or self.done == self.total) and not self.judge.waiting(self.done):
                 return self._finished_before()
             if (mesh := saved.data["mesh"]) != plan.mesh.shape:
                 self.log(f"resumed on another mesh, {_sizes(mesh)} -> {_sizes(plan.mesh.shape)} (changes by rounding)")
@@ -144,7 +148,7 @@ class Run:
             cut_back(self.workdir, self.done if saved else -1)
             self.writers = Writers(self.workdir, resumed_step=self.done, tensorboard=log.tensorboard, wandb=log.wandb,
                                    config=self.config.to_dict())
-        if self._evaluation_due(self.done):
+        if self.judge.due(self.done):
             self._evaluate(state)
         state, stopped = self._steps(state, compiled)
         self.progress.close()
@@ -185,7 +189,7 @@ class Run:
         asked, self.saved_at = agreement.exchange(self._wish()), time.monotonic()
         stopped = asked == _STOP
         with contextlib.closing(batches), self.profiler, watchdog:
-            for step, batch in () if stopped else feed(meter.count(batches), self.plan.mesh):
+            for step, batch in () if stopped or self.stalled else feed(meter.count(batches), self.plan.mesh):
                 self.profiler.before(step)
                 state, metrics = compiled(state, batch)
                 self.done = step + 1
@@ -199,14 +203,16 @@ class Run:
                     break
                 # a wish is seen again by the step after it
                 save = self._save_due(self.done) or (asked == _SAVE and self.done > self.saved_step + 1)
-                if not (save or self._evaluation_due(self.done)):
+                if not (save or self.judge.due(self.done)):
                     continue
                 self._read(waiting, meter, keep=0)
                 if save:
                     self._save(state)
-                if self._evaluation_due(self.done):
+                if self.judge.due(self.done):
                     with watchdog.paused():
                         self._evaluate(state)
+                    if self.stalled:
+                        break
                 meter.restart()
                 self.progress.start_clock(self.done)
             self._read(waiting, meter, keep=0)
@@ -285,35 +291,35 @@ class Run:
         self.store.save(self.done, state, data=data, config=self.config.to_dict())
         self.saved_step, self.saved_at = self.done, time.monotonic()
 
-    def _evaluation_due(self, step: int) -> bool:
-        every = self.config.eval.every
-        return step == 0 or bool(every and step % every == 0)
-
     def _evaluate(self, state: Any) -> None:
         """Run the evaluators that have no result at this step yet, unless the run is asked to stop."""
         folder, data = self.workdir / "eval" / str(self.done), self.data
-        for name in self._unjudged():
+        for name in self.judge.waiting(self.done):
             if self.stop.requested and jax.process_count() == 1:
                 break
             mark("evaluate-begin", self.done)
             with self._timed("evaluate"):
                 results = evaluators.evaluate(
-                    self.config, self.plan.model, state.trainable, data.tokenizer, data.dataset, folder, [name]
+                    self.config, self.plan.model, state.trainable, data.tokenizer, data.dataset, folder, [name],
+                    base_folder=folder.with_name("0") if self.done else None,
                 )
-            self.judged[self.done].add(evaluators.short_name(name))
+            self.judge.enter(self.done, name, results[name])
             numbers = evaluators.flatten(results)
-            self.log(f"step {self.done}  {name}: {_shown(results[name])}")
+            self.log(f"step {self.done}  {name}: {shown.brief(results[name])}")
             if self.writers:
                 self.writers.write_evaluation(self.done, numbers)
             mark("evaluated", self.done)
+        self.stalled = self.judge.stalled()
         self.store.retain()
 
     def _finish(self) -> Result:
         self.store.wait()
-        preempted = self.done < self.total or bool(self._unjudged())
+        preempted = (self.done < self.total and not self.stalled) or bool(self.judge.waiting(self.done))
         if preempted:
             self.log(f"stopped by {self.stop.name or 'another process'}: step {self.done} of {self.total} is saved; "
                      "the same command goes on from there")
+        elif self.done < self.total:
+            self.log(f"finished early, at step {self.done} of {self.total}: {self.stalled}")
         else:
             self.log(f"finished: {self.total} steps in {self.workdir}")
         summary = self.summary(preempted)
@@ -323,19 +329,11 @@ class Run:
         return Result(self.workdir, self.done, self.total, self.metrics, summary, preempted)
 
     def _finished_before(self) -> Result:
-        self.log(f"{self.workdir} is finished with {self.total} steps; to go on, raise train.epochs or train.max_steps")
+        further = "raise train.epochs or train.max_steps" if self.done == self.total else f"change it: {self.stalled}"
+        self.log(f"{self.workdir} is finished with {self.done} steps; to go on, {further}")
         path = self.workdir / "summary.json"
         summary = json.loads(path.read_text()) if path.is_file() else self.summary(False)
         return Result(self.workdir, self.done, self.total, self.metrics, summary)
-
-    def _unjudged(self) -> list[str]:
-        """The evaluators that have no result at this step yet. Kept in memory: processes must not differ about it."""
-        found = self.judged.setdefault(self.done, set())
-        return [name for name in self.config.evaluators if evaluators.short_name(name) not in found]
-
-    def _evaluation(self, step: int) -> dict[str, Any]:
-        path = self.workdir / "eval" / str(step) / "summary.json"
-        return json.loads(path.read_text()) if path.is_file() else {}
 
     def summary(self, preempted: bool) -> dict[str, Any]:
         return {
@@ -343,8 +341,9 @@ class Run:
             "total_steps": self.total,
             "preempted": preempted,
             "metrics": self.metrics,
-            "before": self._evaluation(0),
-            "after": self._evaluation(self.done) if self.done else {},
+            "stopped_early": self.stalled if self.done < self.total else "",
+            "before": self.judge.results.get(0, {}),
+            "after": self.judge.results.get(self.done, {}) if self.done else {},
             "packing_efficiency": self.data.loader.efficiency,
             "checkpoint_stall": self.store.stall_seconds,
             "seconds": {**self.seconds, "total": time.monotonic() - self.started},
@@ -384,12 +383,6 @@ class Run:
 
 
 _all_finite = jax.jit(all_finite)
-
-
-def _shown(summary: Mapping[str, Any], most: int = 4) -> str:
-    """The first numbers of an evaluator's summary; all are in its file."""
-    numbers = [f"{name} {value:.4g}" for name, value in summary.items() if isinstance(value, int | float)]
-    return ", ".join(numbers[:most])
 
 
 def _sizes(shape: Mapping[str, int]) -> str:

@@ -14,10 +14,11 @@ from jax.sharding import Mesh
 from itune import evaluators
 from itune.checkpoint import Store
 from itune.config import Config, load_config
+from itune.evaluators import shown
 from itune.models import load_model, load_pretrained
 from itune.runtime import distributed
 from itune.runtime.compilation import use_compilation_cache
-from itune.setup_run import check_evaluators, model_settings
+from itune.setup_run import model_settings
 from itune.sharding import make_mesh
 from itune.types import InputError
 
@@ -64,42 +65,90 @@ def load_run(
     return LoadedRun(config, step, tokenizer, model, store.restore_part(step, "trainable", shapes))
 
 
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """A model with what it is asked: the one to judge, or the base that it is compared with."""
+
+    name: str
+    tokenizer: Any
+    model: Any
+    params: Any
+    dataset: Any
+
+
 def evaluate_saved(
     config: Config, *, workdir: str | None = None, step: int | None = None, model_folder: str | None = None,
-    out: str | None = None,
+    out: str | None = None, base: bool = False,
 ) -> dict[str, Any]:
     """Run `config.evaluators` on a run's checkpoint, or on a model folder or hub id; returns {evaluator: summary}.
 
     The items go to `out`: by default the run's `eval/<step>`, or `eval-<model>` here. The data are the config's,
-    rendered with the tokenizer of what is judged.
+    rendered with the tokenizer of what is judged. With `base` the model that `model.path` names is judged too, on the
+    same mesh and the same questions (its items go to `out/base`), and the two are compared in pairs: `paired.json`.
+    Without it a run's evaluation of step 0, where there is one, is what a later step is compared with.
     """
-    from itune.data.dataset import prepare
-    from itune.data.templates import load_tokenizer
-
     distributed.start()
     use_compilation_cache()
     mesh = make_mesh(dataclasses.asdict(config.mesh))
+    if base and not config.model.path:
+        raise InputError("eval --base: model.path is empty; set it to the model that training started from")
     if workdir is not None:
         run = load_run(workdir, step, mesh)
-        tokenizer, model, params = run.tokenizer, run.model, run.params
         folder, name = Path(out or Path(workdir) / "eval" / str(run.step)), f"{workdir}, step {run.step}"
-        dataset = prepare(config.data, tokenizer, seed=config.seed)
-        check_evaluators(config, dataset)
+        judged = Judged(name, run.tokenizer, run.model, run.params, _questions(config, run.tokenizer))
+        base_folder = Path(workdir) / "eval" / "0" if run.step else None
     elif model_folder is not None:
         revision = config.model.revision if model_folder == config.model.path else ""
-        section = dataclasses.replace(config.model, path=str(model_folder), revision=revision)
-        config = dataclasses.replace(config, model=section)
-        tokenizer = load_tokenizer(section.path, config.data.chat_template, section.revision or None)
-        dataset = prepare(config.data, tokenizer, seed=config.seed)
-        check_evaluators(config, dataset)
-        model, params = load_pretrained(section.path, mesh, **model_settings(config, tokenizer))
-        folder, name = Path(out or f"eval-{Path(section.path).name}"), section.path
+        judged = _load(config, str(model_folder), revision, mesh)
+        folder, base_folder = Path(out or f"eval-{Path(str(model_folder)).name}"), None
     else:
         raise InputError("eval: give a run directory or a model folder")
-    print(f"evaluate {name}")
-    results = evaluators.evaluate(config, model, params, tokenizer, dataset, folder)
-    for evaluator, summary in results.items():
-        for metric, value in evaluators.flatten(summary).items():
-            print(f"{evaluator}/{metric}  {value:.6g}")
+    if base:
+        base_folder = folder / "base"
+        # of a run: with its tokenizer, so that both are asked the very same tokens and nothing is compiled twice
+        origin = _load(config, config.model.path, config.model.revision, mesh, judged if workdir is not None else None)
+        print(f"evaluate {origin.name}")
+        _evaluate(config, origin, base_folder, None)
+    print(f"evaluate {judged.name}")
+    results = _evaluate(config, judged, folder, base_folder)
     print(f"items: {folder}")
+    return results
+
+
+def _load(config: Config, path: str, revision: str, mesh: Mesh, like: Judged | None = None) -> Judged:
+    """The model of a folder or hub id with its own tokenizer, or with tokenizer and questions of another."""
+    from itune.data.templates import load_tokenizer
+
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=path, revision=revision))
+    tokenizer = like.tokenizer if like else load_tokenizer(path, config.data.chat_template, revision or None)
+    dataset = like.dataset if like else _questions(config, tokenizer)
+    return Judged(path, tokenizer, *load_pretrained(path, mesh, **model_settings(config, tokenizer)), dataset)
+
+
+def _questions(config: Config, tokenizer: Any) -> Any:
+    """The data of the config, where any evaluator judges by them; None where all bring their own questions."""
+    from itune.data.dataset import prepare
+
+    found = [evaluators.find_evaluator(name)(config) for name in config.evaluators]
+    if not any(getattr(one, "needs_held_out", True) for one in found):
+        return None
+    if not config.data.train:
+        raise InputError("config: data.train is empty; set it to a file, a folder or a dataset id")
+    dataset = prepare(config.data, tokenizer, seed=config.seed)
+    evaluators.check_held_out(found, dataset)
+    return dataset
+
+
+def _evaluate(config: Config, judged: Judged, folder: Path, base_folder: Path | None) -> dict[str, Any]:
+    """Judge and print: every number with its interval, then the comparison with the base."""
+    results = evaluators.evaluate(
+        config, judged.model, judged.params, judged.tokenizer, judged.dataset, folder, base_folder=base_folder
+    )
+    for evaluator, summary in results.items():
+        print("\n".join(shown.lines(summary, evaluator)))
+    if base_folder is not None:
+        pairs = evaluators.read_json(folder / "paired.json")
+        for name in [evaluators.short_name(name) for name in results]:
+            for line in shown.paired_lines(pairs.get(name, {}), f"paired {name}"):
+                print(line)
     return results

@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 
 from itune.checkpoint import Store, compare_configs
 from itune.config import Config
-from itune.evaluators import find_evaluator
+from itune.evaluators import check_held_out, find_evaluator
+from itune.judge import check_patience
 from itune.models import load_model, load_pretrained
 from itune.objectives.sft import make_sft
 from itune.optim import make_optimizer, make_schedule
@@ -80,6 +81,7 @@ def make_plan(config: Config, data: Data, log: Log, devices: Sequence[Any] | Non
         if value := getattr(getattr(config, section) if section else config, key):
             raise InputError(f"config: {name}={value!r} is not supported by this version; leave it out")
     check_evaluators(config, data.dataset)
+    check_patience(config)
     mesh = make_mesh(dataclasses.asdict(config.mesh), devices)
     shape = (config.train.batch_size, config.data.max_length)
     dtypes = [np.float32 if name == "loss_weights_BL" else np.int32 for name in Batch._fields]
@@ -103,13 +105,7 @@ def make_plan(config: Config, data: Data, log: Log, devices: Sequence[Any] | Non
 
 def check_evaluators(config: Config, dataset: Any) -> None:
     """Raise InputError, before anything is computed, for an unknown evaluator or when there is nothing to judge by."""
-    for name in config.evaluators:
-        find_evaluator(name)(config)
-    if config.evaluators and len(dataset.held_out) == 0:
-        raise InputError(
-            "evaluators: there are no held-out items; name files in data.eval, hold a share of data.train out with "
-            "data.held_out_share=0.1, or set evaluators=()"
-        )
+    check_held_out([find_evaluator(name)(config) for name in config.evaluators], dataset)
 
 
 def model_settings(config: Config, tokenizer: Any) -> dict[str, Any]:

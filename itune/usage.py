@@ -58,6 +58,9 @@ def build_parser(version: str) -> Parser:
     which.add_argument("--model", metavar="FOLDER", help="a model folder or hub id")
     sub.add_argument("--step", type=int, metavar="N", help="checkpoint of this step (default: the newest)")
     sub.add_argument("--out", metavar="DIR", help="where the items go (default: the run's eval folder, or eval-MODEL)")
+    sub.add_argument("--base", action="store_true", help="judge the base model (model.path) too and compare in pairs")
+    sub.add_argument("--lm-eval", metavar="TASK[,TASK]", help="run tasks of lm-evaluation-harness instead")
+    sub.add_argument("--lm-eval-path", metavar="DIR", help="a folder with task files of your own")
     _json(sub)
 
     sub = _verb(verbs, "export", "write a run's model as a Hugging Face folder, proven by reloading it",

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "itune"
 FLOORS = [
     ("cli", "usage", "__main__"),
     ("demo", "verify"),
-    ("loop", "plan", "export", "report", "chat", "setup_run", "saved_run"),
+    ("loop", "plan", "export", "report", "chat", "setup_run", "saved_run", "judge"),
     ("evaluators", "checkpoint", "runtime", "feed", "progress"),
     ("step",),
     ("objectives", "optim", "decode", "flops"),

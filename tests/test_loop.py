@@ -333,3 +333,19 @@ def test_out_of_device_memory_says_what_helps(inputs, tmp_path, monkeypatch):
     monkeypatch.setattr("itune.loop.init_state", full)
     with pytest.raises(RunError, match=r"out of device memory: raise train\.accumulation .*trying to allocate 9 bytes"):
         train(settings(inputs), tmp_path / "run")
+
+
+def test_early_stop_is_told_and_kept(inputs, whole, tmp_path, capsys):
+    """A run that no longer improves ends with all saved; the same command finds it finished, more patience goes on."""
+    stopping = {"eval__every": 2, "eval__batch_size": 8, "eval__patience": 1, "eval__min_delta": 100.0}
+    result = train(settings(inputs, **stopping), tmp_path / "run")
+    assert (result.step, result.total_steps, result.preempted) == (2, STEPS, False)
+    assert result.summary["stopped_early"].startswith("heldout_loss/loss has not improved for 1 evaluations")
+    assert "finished early, at step 2 of 12" in capsys.readouterr().out
+    assert Store(tmp_path / "run" / "checkpoints").latest() == 2
+    again = train(settings(inputs, **stopping), tmp_path / "run")
+    assert (again.step, again.preempted) == (2, False)
+    assert "is finished with 2 steps; to go on, change it: heldout_loss/loss has not" in capsys.readouterr().out
+    further = train(settings(inputs), tmp_path / "run")
+    assert further.step == STEPS and further.summary["stopped_early"] == ""
+    assert_same_run(further.workdir, whole.workdir)

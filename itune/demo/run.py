@@ -10,7 +10,7 @@ from typing import Any
 from itune.config import Config, load_config
 from itune.demo import ASSETS, SEED, tasks
 from itune.demo.show import print_answers, print_next, print_table
-from itune.evaluators.stats import clustered_mean, paired_difference
+from itune.evaluators import paired
 from itune.runtime.lock import RunLock
 from itune.types import InputError, RunError
 
@@ -119,15 +119,12 @@ def compare(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[s
 def _compare_items(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[str, Any]:
     if [item["prompt"] for item in before] != [item["prompt"] for item in after]:
         raise ValueError("base and tuned were asked different questions")
-    base, tuned = ([float(item["score"]) for item in items] for items in (before, after))
-    clusters = [item["cluster"] for item in after]
-    difference, low, high = paired_difference(base, tuned, clusters)
-    _, tuned_low, tuned_high = clustered_mean(tuned, clusters)
+    found = paired.compare(before, after)
+    named = ("base", "base_low", "base_high", "tuned", "tuned_low", "tuned_high", "difference")
     return {
-        "items": len(after), "tasks": len(set(clusters)),
-        "base": sum(base) / len(base), "tuned": sum(tuned) / len(tuned),
-        "tuned_low": tuned_low, "tuned_high": tuned_high,
-        "difference": difference, "low": low, "high": high,
+        "items": found["n"], "tasks": found["clusters"], **{name: found[name] for name in named},
+        "low": found["difference_low"], "high": found["difference_high"], "wins": found["wins"],
+        "losses": found["losses"], "detectable": found["detectable"],
     }  # fmt: skip
 
 

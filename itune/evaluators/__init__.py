@@ -24,32 +24,45 @@ from typing import Any
 import jax
 
 from itune.config import Config
+from itune.evaluators.paired import comparable, compare
 from itune.types import InputError
 
 
 def evaluate(
     config: Config, model: Any, params: Any, tokenizer: Any, dataset: Any, out_folder: str | os.PathLike | None = None,
-    names: Sequence[str] | None = None,
+    names: Sequence[str] | None = None, base_folder: str | os.PathLike | None = None,
 ) -> dict[str, Any]:
     """Run the evaluators `names` (default: `config.evaluators`) and write what they find to `out_folder` where given.
 
-    Returns {name: summary}. What was compiled is kept, so that the next call with the same model compiles nothing. With
-    several processes all call this; the first one writes. Raises InputError for an unknown evaluator, or when there
-    are no held-out items.
+    Where `base_folder` holds an evaluation of the same items, that of the base model, the comparison in pairs is
+    entered in `paired.json`. Returns {name: summary}. What was compiled is kept, so that the next call with the same
+    model compiles nothing. With several processes all call this; the first one writes. Raises InputError for an unknown
+    evaluator, or when there are no held-out items.
     """
     evaluators = {name: find_evaluator(name)(config) for name in (config.evaluators if names is None else names)}
-    if evaluators and len(dataset.held_out) == 0:
-        raise InputError(
-            "evaluators: there are no held-out items; name files in data.eval, hold a share of data.train out with "
-            "data.held_out_share=0.1, or set evaluators=()"
-        )
+    check_held_out(list(evaluators.values()), dataset)
     results = {}
     for name, evaluator in evaluators.items():
         summary, items = evaluator.run(model, params, tokenizer, dataset)
         results[name] = summary
         if out_folder is not None and jax.process_index() == 0:
+            items = list(items)
             write_results(out_folder, name, summary, items)
+            if base_folder is not None:
+                write_comparison(base_folder, out_folder, name, items)
     return results
+
+
+def check_held_out(evaluators: Sequence[Any], dataset: Any) -> None:
+    """Raise InputError where one of them judges by held-out items and there are none.
+
+    An evaluator that brings its own questions says so with `needs_held_out = False`.
+    """
+    if any(getattr(one, "needs_held_out", True) for one in evaluators) and len(dataset.held_out) == 0:
+        raise InputError(
+            "evaluators: there are no held-out items; name files in data.eval, hold a share of data.train out with "
+            "data.held_out_share=0.1, or set evaluators=()"
+        )
 
 
 def find_evaluator(name: str) -> Any:
@@ -67,7 +80,10 @@ def find_evaluator(name: str) -> Any:
 
 
 def _has_evaluator(name: str) -> bool:
-    return hasattr(importlib.import_module(f"itune.evaluators.{name}"), "Evaluator")
+    try:
+        return hasattr(importlib.import_module(f"itune.evaluators.{name}"), "Evaluator")
+    except ImportError:  # it needs a package that is not installed
+        return False
 
 
 def flatten(results: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
@@ -96,9 +112,35 @@ def write_results(
     short = short_name(name)
     lines = (json.dumps(item, ensure_ascii=False, default=str) + "\n" for item in items)
     _replace(folder / f"{short}.jsonl", lines)
-    path = folder / "summary.json"
-    summaries = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    _replace(path, [json.dumps({**summaries, short: summary}, indent=2, default=str) + "\n"])
+    _enter(folder / "summary.json", short, summary)
+
+
+def write_comparison(
+    base_folder: str | os.PathLike, folder: str | os.PathLike, name: str, items: Sequence[Mapping[str, Any]]
+) -> dict[str, Any] | None:
+    """Enter the paired comparison with the base model's items in `paired.json`; None where nothing can be compared."""
+    base = read_items(Path(base_folder) / f"{short_name(name)}.jsonl")
+    if not comparable(items) or not comparable(base):
+        return None
+    found = compare(base, items)
+    _enter(Path(folder) / "paired.json", short_name(name), found)
+    return found
+
+
+def read_items(path: Path) -> list[dict[str, Any]]:
+    """The items of an evaluator's file; none where there is no such file."""
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; {} where there is no such file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _enter(path: Path, key: str, value: Any) -> None:
+    _replace(path, [json.dumps({**read_json(path), key: value}, indent=2, default=str) + "\n"])
 
 
 def _replace(path: Path, lines: Iterable[str]) -> None:

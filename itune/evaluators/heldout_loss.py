@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,6 +13,9 @@ import numpy as np
 
 from itune.config import Config
 from itune.data.loader import eval_batches
+from itune.evaluators import stats
+from itune.evaluators.labels import broken_down, labels
+from itune.evaluators.paired import named
 from itune.objectives.sft import make_sft
 from itune.sharding import make_mesh, rows_divisor
 from itune.step import make_eval_step
@@ -21,7 +25,7 @@ class Evaluator:
     """Token-weighted negative log-likelihood, perplexity, and the share of supervised tokens predicted right.
 
     Sums over all held-out examples, never means of batches: `eval.batch_size` and the mesh do not change it. Results
-    are broken down by the metadata field `eval.by`.
+    are broken down by `eval.by`, by source and by `eval.groups`.
     """
 
     def __init__(self, config: Config) -> None:
@@ -31,10 +35,10 @@ class Evaluator:
         """(summary, items): loss in nats a token, its weight, accuracy of the supervised tokens and their number."""
         del tokenizer
         store, c = dataset.held_out, self.config
-        mesh = _mesh(model)
+        mesh = mesh_of(model)
         rows = -(-c.eval.batch_size // rows_divisor(mesh)) * rows_divisor(mesh)
         batches = eval_batches(store, rows, c.data.max_length)
-        step = _step(dataclasses.replace(model, max_segments=batches.max_segments), c.loss.chunk)
+        step = token_step(dataclasses.replace(model, max_segments=batches.max_segments), c.loss.chunk)
         sums = np.zeros((4, len(store) + 1))  # loss, weight, correct, tokens; the last column takes padding
         for number in range(len(batches)):
             batch = batches[number]
@@ -46,20 +50,29 @@ class Evaluator:
                 total += np.bincount(index % len(total), weights=part.ravel(), minlength=len(total))
         sums = sums[:, :-1]
         examples = [store[i] for i in range(len(store))]
-        categories = np.array([str(example.metadata.get(c.eval.by, "unknown")) for example in examples])
-        by_category = {str(name): summarise(sums[:, categories == name]) for name in np.unique(categories)}
-        items = [
-            {"address": str(example.address), "category": str(category), **summarise(sums[:, i : i + 1])}
-            for i, (example, category) in enumerate(zip(examples, categories, strict=True))
-        ]
-        return {**summarise(sums), "categories": by_category}, items
+        items = []
+        for place, example in enumerate(examples):
+            found = summarise(sums[:, place : place + 1])
+            items.append({**labels(example, c, place), **{name: found[name] for name in PER_ITEM}})
+
+        def of(places: list[int]) -> dict[str, Any]:
+            return summarise(sums[:, places], [items[place]["cluster"] for place in places])
+
+        return {**of(list(range(len(items)))), **broken_down(items, of)}, items
 
 
-def summarise(sums: np.ndarray) -> dict[str, Any]:
-    """Rates of the examples whose (loss, weight, correct, tokens) are the columns of `sums`."""
+PER_ITEM = ("loss", "perplexity", "accuracy", "weight", "tokens")
+
+
+def summarise(sums: np.ndarray, clusters: Sequence[str] = ("",)) -> dict[str, Any]:
+    """Rates of the examples whose (loss, weight, correct, tokens) are the columns of `sums`.
+
+    With the example's clusters (tasks) also the 95 % intervals of loss and accuracy, by a bootstrap over clusters; a
+    bound that one cluster cannot tell is None.
+    """
     loss_sum, weight, correct, tokens = sums.sum(axis=1)
     loss = loss_sum / weight if weight else 0.0
-    return {
+    numbers = {
         "loss": loss,
         "perplexity": math.exp(min(loss, 700.0)),  # e^709 is the largest that a float holds
         "accuracy": correct / tokens if tokens else 0.0,
@@ -67,13 +80,18 @@ def summarise(sums: np.ndarray) -> dict[str, Any]:
         "tokens": int(tokens),
         "examples": sums.shape[1],
     }
+    if len(clusters) == sums.shape[1] and sums.shape[1] > 1:
+        numbers |= named("loss", stats.ratio(sums[0], sums[1], clusters))
+        numbers |= named("accuracy", stats.ratio(sums[2], sums[3], clusters, 0.0, 1.0))
+        numbers["clusters"] = len(set(clusters))
+    return numbers
 
 
-def _mesh(model: Any) -> Any:
+def mesh_of(model: Any) -> Any:
     return model.mesh if model.mesh is not None else make_mesh({}, jax.devices()[:1])
 
 
 @functools.lru_cache(maxsize=4)
-def _step(model: Any, chunk: int) -> Any:
+def token_step(model: Any, chunk: int) -> Any:
     """The evaluation step, compiled once for a model and reused by every later evaluation."""
-    return make_eval_step(make_sft(model, "token", chunk), _mesh(model))
+    return make_eval_step(make_sft(model, "token", chunk), mesh_of(model))

@@ -1,4 +1,4 @@
-"""Whether an answer is right: matching against the reference, or a checker function of the user's."""
+"""Which function says whether an answer is right: one that is named here, or the user's own."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import string
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from itune.evaluators import constraints, maths, rouge
 from itune.types import InputError
 
-Checker = Callable[[Mapping[str, Any], str], bool]
+Checker = Callable[[Mapping[str, Any], str], bool | float]
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -25,18 +26,28 @@ def normalized(item: Mapping[str, Any], answer: str) -> bool:
     return _normal(answer) == _normal(item["reference"])
 
 
+def contains(item: Mapping[str, Any], answer: str) -> bool:
+    """The normalized reference stands in the normalized answer as whole words."""
+    wanted = _normal(item["reference"])
+    return bool(wanted) and f" {wanted} " in f" {_normal(answer)} "
+
+
 def _normal(text: str) -> str:
     return " ".join(text.lower().translate(_PUNCTUATION).split())
 
 
-NAMED: dict[str, Checker] = {"exact": exact, "normalized": normalized}
+NAMED: dict[str, Checker] = {
+    "exact": exact, "normalized": normalized, "contains": contains, "rouge_l": rouge.score, "maths": maths.score,
+    "constraints": constraints.score, "constraints_loose": constraints.loose,
+}  # fmt: skip
 
 
 def find_checker(name: str) -> Checker:
-    """The checker of this name: `exact`, `normalized`, or `package.module:function` with arguments (item, answer).
+    """The checker of this name: one of `NAMED`, or `package.module:function` with arguments (item, answer).
 
-    `item` has prompt, messages, reference, metadata and address. A dotted name imports the user's own module, so it
-    comes from the config, never from a data file. Raises InputError naming what is missing.
+    `item` has prompt, messages, reference, metadata and address; a checker returns a truth value or a score in [0, 1].
+    A dotted name imports the user's own module, so it comes from the config, never from a data file. Raises InputError
+    naming what is missing.
     """
     if name in NAMED:
         return NAMED[name]

@@ -54,6 +54,40 @@ def clustered_mean(
     return _clustered(np.asarray(scores, np.float64), clusters, 0.0, 1.0, seed, resamples)
 
 
+def interval(values: Sequence[float], clusters: Sequence[Hashable] | None = None) -> tuple[float, float, float]:
+    """(mean, low, high) of scores in [0, 1]: by Wilson where each is 0 or 1 and clusters is None, else bootstrap."""
+    if len(values) == 0:
+        return 0.0, 0.0, 1.0
+    scores = np.asarray(values, np.float64)
+    if clusters is None and np.isin(scores, (0.0, 1.0)).all():
+        return float(scores.mean()), *wilson(float(scores.sum()), len(scores))
+    return clustered_mean(values, range(len(scores)) if clusters is None else clusters)
+
+
+def ratio(
+    sums: Sequence[float], weights: Sequence[float], clusters: Sequence[Hashable], floor: float = -math.inf,
+    ceiling: float = math.inf, seed: int = 0, resamples: int = 2000,
+) -> tuple[float, float, float]:
+    """sum(sums) / sum(weights), such as a loss a token, with the interval of a bootstrap over clusters.
+
+    The value lies between `floor` and `ceiling`. One cluster tells nothing: the interval is all that is between them.
+    """
+    tops, bottoms = (_by_cluster(np.asarray(part, np.float64), clusters)[0] for part in (sums, weights))
+    return _bootstrap(tops, bottoms, floor, ceiling, seed, resamples)
+
+
+def smallest_shown(differences: Sequence[float], clusters: Sequence[Hashable], power: float = 0.8) -> float:
+    """The smallest true difference that paired scores like these would have shown, at most 1 (all or nothing).
+
+    Where no item changed sides, a share of up to 3/n of the tasks may still do so unseen.
+    """
+    number = len(set(clusters))
+    error = standard_error(differences, clusters)
+    if error < 1e-12:
+        error = paired_error(number, min(1.0, 3 / number))
+    return min(1.0, minimum_detectable_difference(error, power))
+
+
 def standard_error(values: Sequence[float], clusters: Sequence[Hashable]) -> float:
     """Standard error of a mean whose items come in clusters (linearised ratio of cluster sums; infinite for one)."""
     sums, counts = _by_cluster(np.asarray(values, np.float64), clusters)
@@ -82,25 +116,34 @@ def _by_cluster(values: np.ndarray, clusters: Sequence[Hashable]) -> tuple[np.nd
     counts = np.bincount(cluster_of_item).astype(np.float64)
     return np.bincount(cluster_of_item, weights=values), counts
 
-
 def _clustered(
     values: np.ndarray, clusters: Sequence[Hashable], floor: float, ceiling: float, seed: int, resamples: int
+) -> tuple[float, float, float]:
+    return _bootstrap(*_by_cluster(values, clusters), floor, ceiling, seed, resamples)
+
+
+def _bootstrap(
+    sums: np.ndarray, counts: np.ndarray, floor: float, ceiling: float, seed: int, resamples: int
 ) -> tuple[float, float, float]:
     """Percentile bootstrap over clusters, its tails widened for few clusters (Hesterberg 2015, section 4.2).
 
     Where all clusters agree the bootstrap has no spread and would claim certainty. There the bound is that of zero
     events: with C clusters, a share up to 1 - 0.05**(1/C) of all tasks may be as far away as the scale allows.
     """
-    sums, counts = _by_cluster(values, clusters)
+    if not counts.sum():
+        return 0.0, floor, ceiling
+    sums, counts = sums[counts > 0], counts[counts > 0]
     mean, number = float(sums.sum() / counts.sum()), len(sums)
     if number == 1:
         return mean, floor, ceiling
-    if np.ptp(sums / counts) < 1e-12:
+    if np.ptp(sums / counts) < 1e-12 and math.isfinite(floor + ceiling):
         unseen = 1 - 0.05 ** (1 / number)
         return mean, mean - unseen * (mean - floor), mean + unseen * (ceiling - mean)
-    draws = np.random.default_rng(seed).multinomial(number, np.full(number, 1 / number), size=resamples)
-    means = (draws @ sums) / (draws @ counts)
+    rng, means = np.random.default_rng(seed), []
+    for start in range(0, resamples, 250):  # 10,000 clusters at once would take gigabytes
+        draws = rng.multinomial(number, np.full(number, 1 / number), size=min(250, resamples - start))
+        means.append((draws @ sums) / (draws @ counts))
     t95 = special.stdtrit(number - 1, 0.975)
     tail = float(special.ndtr(-math.sqrt(number / (number - 1)) * t95))
-    low, high = np.quantile(means, [tail, 1 - tail])
+    low, high = np.quantile(np.concatenate(means), [tail, 1 - tail])
     return mean, max(floor, float(low)), min(ceiling, float(high))

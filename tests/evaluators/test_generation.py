@@ -8,7 +8,7 @@ import pytest
 from itune import decode
 from itune.config import from_dict
 from itune.evaluators import stats
-from itune.evaluators.generation import Evaluator
+from itune.evaluators.generation import Evaluator, repetition
 from itune.types import Conversation, InputError, Message, RunError
 
 OPTIONS = {"batch_size": 4, "max_new_tokens": 6}
@@ -81,3 +81,33 @@ def test_prompts_beyond_the_context_are_counted(model, params, tokenizer, answer
     dataset = types.SimpleNamespace(held_out_conversations=[*answered[0].held_out_conversations, long])
     summary, items = run(model, params, tokenizer, dataset)
     assert summary["too_long"] == 1 and summary["n"] == len(items) == 11
+
+
+def test_measures_baselines_and_parts(model, params, tokenizer, answered):
+    dataset, _ = answered
+    voices = [dataclasses.replace(c, metadata={**c.metadata, "voice": f"v{n % 2}"}) for n, c in
+              enumerate(dataset.held_out_conversations)]  # fmt: skip
+    other = dataclasses.replace(voices[0], address=dataclasses.replace(voices[0].address, source="second"))
+    dataset = types.SimpleNamespace(held_out_conversations=[*voices, other])
+    summary, items = run(model, params, tokenizer, dataset, groups=["voice"])
+    assert summary["sources"]["held"]["n"] == 11 and summary["sources"]["second"]["n"] == 1
+    assert summary["groups"]["voice"]["v0"]["n"] + summary["groups"]["voice"]["v1"]["n"] == 12
+    assert (summary["exact_low"], summary["exact_high"]) == stats.wilson(7, 12)
+    assert items[0]["rouge_l"] == 1.0 and summary["rouge_l_low"] <= summary["rouge_l"] <= summary["rouge_l_high"]
+    copied = sum(item["prompt"] == item["reference"] for item in items)
+    assert summary["baselines"]["copy"] == {"n": 12, "score": copied / 12, "low": stats.wilson(copied, 12)[0],
+                                            "high": stats.wilson(copied, 12)[1]}  # fmt: skip
+    sky, sea = ([item["reference"] for item in items if item["category"] == name] for name in ("sky", "sea"))
+    most = max(map(sky.count, sky)) + max(map(sea.count, sea))
+    assert summary["baselines"]["majority"]["score"] == most / 12
+
+
+def test_a_score_may_be_a_share(model, params, tokenizer, answered):
+    summary, items = run(model, params, tokenizer, answered[0], score="rouge_l")
+    assert [item["score"] for item in items] == [item["rouge_l"] for item in items]
+    assert summary["low"] < summary["score"] < summary["high"]
+
+
+def test_repetition():
+    assert repetition([1, 2, 3, 4, 5, 6]) == 0 and repetition([1, 2]) == 0
+    assert repetition([7] * 13) == 0.9 and repetition([1, 2] * 6) == 7 / 9

@@ -109,3 +109,36 @@ def test_wrong_lengths_are_refused():
         stats.paired_difference([0, 1], [1], ["a", "b"])
     with pytest.raises(ValueError, match="at least one"):
         stats.clustered_mean([], [])
+
+
+def test_interval_is_wilsons_for_right_and_wrong_and_a_bootstrap_for_shares():
+    assert stats.interval([1, 0, 1, True]) == (0.75, *stats.wilson(3, 4))
+    mean, low, high = stats.interval([0.2, 0.4, 0.9, 1.0])
+    assert mean == pytest.approx(0.625) and 0 <= low < mean < high <= 1
+    assert stats.interval([]) == (0.0, 0.0, 1.0)
+
+
+def test_ratio_weighs_and_clusters():
+    mean, low, high = stats.ratio([6.0, 1.0, 2.0], [2.0, 1.0, 1.0], ["a", "b", "b"])
+    assert mean == 9 / 4 and low <= mean <= high
+    assert stats.ratio([6.0, 1.0], [2.0, 1.0], ["a", "a"])[1:] == (-math.inf, math.inf)
+    assert stats.ratio([1.0, 0.0], [1.0, 0.0], ["a", "b"], 0.0, 5.0) == (1.0, 0.0, 5.0)  # one cluster has weight
+
+
+def test_ratio_covers_the_truth():
+    rng, inside = np.random.default_rng(0), 0
+    for trial in range(200):
+        effects = rng.normal(2.0, 0.5, 40)
+        values = np.repeat(effects, 3) + rng.normal(0, 0.3, 120)
+        weights = rng.integers(1, 9, 120)
+        _, low, high = stats.ratio(values * weights, weights, np.repeat(np.arange(40), 3).tolist(), seed=trial)
+        inside += low <= 2.0 <= high
+    assert 180 <= inside <= 198  # 95 % of 200, give or take
+
+
+def test_smallest_shown():
+    changed = [1.0] * 30 + [-1.0] * 10 + [0.0] * 160
+    expected = stats.minimum_detectable_difference(stats.standard_error(changed, range(200)))
+    assert stats.smallest_shown(changed, range(200)) == pytest.approx(expected) and 0.05 < expected < 0.2
+    assert stats.smallest_shown([0.0] * 1000, range(1000)) < stats.smallest_shown([0.0] * 100, range(100)) < 0.06
+    assert stats.smallest_shown([1.0], ["a"]) == 1.0
