@@ -19,9 +19,7 @@ from itune.data.jsonl import read_jsonl
 from itune.data.render import render_prompt
 from itune.data.templates import load_tokenizer, require_template
 from itune.decode import Generated, generate_ids, stream_ids
-from itune.export.companions import GENERATION, stop_ids
 from itune.models import load_pretrained
-from itune.models.hf.files import find_folder, read_json
 from itune.runtime.compilation import use_compilation_cache
 from itune.sharding import make_mesh
 from itune.types import Address, Conversation, InputError, Message
@@ -33,12 +31,11 @@ COMMANDS = ("/reset", "/system", "/quit", "/help")
 
 @dataclasses.dataclass(frozen=True)
 class Speaker:
-    """A loaded model with its tokenizer and every token that ends an answer."""
+    """A loaded model with its tokenizer."""
 
     model: Any
     params: Any
     tokenizer: Any
-    stops: tuple[int, ...]
 
     def stream(
         self, messages: list[Message], max_new_tokens: int, temperature: float, seed: int
@@ -47,7 +44,7 @@ class Speaker:
         prompt, shown = render_prompt(messages, self.tokenizer), ""
         answer = Generated(prompt[:0], False)
         for answer in stream_ids(
-            self.model, self.params, prompt, max_new_tokens=max_new_tokens, stop_ids=self.stops,
+            self.model, self.params, prompt, max_new_tokens=max_new_tokens, stop_ids=self.tokenizer.stop_ids,
             temperature=temperature, seed=seed,
         ):
             text = self.tokenizer.decode(answer.ids).rstrip("\ufffd")  # half a character waits for its other bytes
@@ -69,9 +66,7 @@ def load_speaker(folder: str) -> Speaker:
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     mesh = make_mesh({"fsdp": -1}) if jax.device_count() > 1 else None
     model, params = load_pretrained(folder, mesh, dtype, compute_dtype=dtype)
-    generation = find_folder(folder) / GENERATION
-    stops = stop_ids(read_json(generation)) if generation.is_file() else []
-    return Speaker(model, params, tokenizer, tuple(sorted({*stops, *tokenizer.stop_ids})))
+    return Speaker(model, params, tokenizer)
 
 
 class Dialogue:
@@ -167,7 +162,7 @@ def generate_file(
             raise InputError(f"{conversation.address}: {len(prompt)} tokens; the model takes fewer than {longest}")
     begun = time.monotonic()
     answers = generate_ids(
-        speaker.model, speaker.params, ids, max_new_tokens=max_new_tokens, stop_ids=speaker.stops,
+        speaker.model, speaker.params, ids, max_new_tokens=max_new_tokens, stop_ids=speaker.tokenizer.stop_ids,
         temperature=temperature, top_p=top_p, seed=seed, batch_size=batch_size,
     )
     seconds = time.monotonic() - begun

@@ -27,14 +27,15 @@ def speaker(chat_folder):
 
 
 def test_every_stop_token_is_known(speaker):
-    assert speaker.tokenizer.end_of_turn_id in speaker.stops and 256 in speaker.stops
+    assert {speaker.tokenizer.end_of_turn_id, 256} <= set(speaker.tokenizer.stop_ids)
 
 
 def test_pieces_make_the_whole_answer(speaker):
     messages = [Message("user", "Hi")]
     pieces = list(speaker.stream(messages, 24, 0.0, 0))
     prompt = render_prompt(messages, speaker.tokenizer)
-    whole = decode.generate_ids(speaker.model, speaker.params, [prompt], max_new_tokens=24, stop_ids=speaker.stops)[0]
+    stops = speaker.tokenizer.stop_ids
+    whole = decode.generate_ids(speaker.model, speaker.params, [prompt], max_new_tokens=24, stop_ids=stops)[0]
     assert "".join(pieces) == speaker.tokenizer.decode(whole.ids) and len(pieces) > 3
 
 

@@ -11,6 +11,7 @@ import pytest
 
 import itune
 from itune import export
+from itune.data.render import as_tokenizer
 from itune.data.templates import load_tokenizer
 from itune.export import check_target, export_pretrained, proof
 from itune.models import load_pretrained, save_pretrained
@@ -74,6 +75,24 @@ def test_a_tuned_model_speaks_in_transformers(source, tuned, tmp_path):
     np.testing.assert_allclose(itune.forward(model, params, np.array([ids]))[0], expected, atol=1e-4)
     assert report.max_abs_logit_difference == 0 and report.dtypes == {"float32": len(judge.state_dict())}
     assert report.tokenizer["chat_template"] and set(report.tokenizer["stop_ids"]) <= set(stops)
+
+
+def test_the_sources_end_of_text_still_ends_an_answer(source, tuned, tmp_path):
+    """Every way to the exported folder's tokenizer knows all stop tokens of its generation config."""
+    import transformers
+
+    out = tmp_path / "out"
+    export_pretrained(out, *tuned[:2], source, tuned[2])
+    stops = json.loads((out / "generation_config.json").read_text())["eos_token_id"]
+    assert 256 in stops and 256 not in (tuned[2].end_of_turn_id, tuned[2].eos_id)
+    assert list(load_tokenizer(str(out)).stop_ids) == stops
+    assert list(as_tokenizer(transformers.AutoTokenizer.from_pretrained(out)).stop_ids) == stops
+    (out / "generation_config.json").unlink()  # then config.json says it, as in transformers
+    assert list(load_tokenizer(str(out)).stop_ids) == stops
+    for wrong in ('{"eos_token_id": "x"}', '{"eos_token_id": [1, null]}', '{"eos_token_id": true}'):
+        (out / "generation_config.json").write_text(wrong)
+        with pytest.raises(InputError, match=r"generation_config.json: eos_token_id is .*; expected an id or a list"):
+            load_tokenizer(str(out))
 
 
 def test_the_proof_names_every_file(source, tuned, tmp_path):

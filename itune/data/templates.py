@@ -11,6 +11,7 @@ from typing import Any
 
 import jinja2
 
+from itune.data.stops import source_stop_ids
 from itune.data.tokenizer import Tokenizer
 from itune.types import InputError
 
@@ -103,7 +104,7 @@ def load_tokenizer(path: str, chat_template: str = "", revision: str | None = No
         detail = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         raise InputError(f"model.path: no tokenizer can be read from {path} ({detail}); "
                          "expected a folder or hub id with tokenizer.json") from error
-    return with_template(hf, chat_template)
+    return with_template(hf, chat_template, revision=revision)
 
 
 def _tokenizer_class(path: str) -> Any:
@@ -123,13 +124,17 @@ def _tokenizer_class(path: str) -> Any:
     return transformers.PreTrainedTokenizerFast if plain and model_type in PLAIN_TYPES else transformers.AutoTokenizer
 
 
-def with_template(hf: Any, chat_template: str = "", where: str = "data.chat_template") -> Tokenizer:
-    """A transformers fast tokenizer as a Tokenizer; see `load_tokenizer`."""
+def with_template(
+    hf: Any, chat_template: str = "", where: str = "data.chat_template", revision: str | None = None
+) -> Tokenizer:
+    """A transformers fast tokenizer as a Tokenizer; see `load_tokenizer`. `revision`: where it was loaded from."""
+    stops = source_stop_ids(hf.name_or_path, revision)
     if not chat_template:
         own = hf.chat_template
         if isinstance(own, dict):
             own = own.get("default")
-        return Tokenizer(hf, ChatTemplate(own, "of the tokenizer", dict(hf.special_tokens_map)) if own else None)
+        template = ChatTemplate(own, "of the tokenizer", dict(hf.special_tokens_map)) if own else None
+        return Tokenizer(hf, template, stops=stops)
     source, needed = _template_source(chat_template, where)
     has = set(hf.get_added_vocab())
     missing = tuple(token for token in needed if token not in has)
@@ -139,7 +144,7 @@ def with_template(hf: Any, chat_template: str = "", where: str = "data.chat_temp
         raise InputError(f"{where}: template {chat_template} writes eos_token, and the tokenizer has none; "
                          "expected a template that brings its own end of turn, such as chatml")
     hf.chat_template = source
-    tokenizer = Tokenizer(hf, ChatTemplate(source, chat_template, dict(hf.special_tokens_map)), missing)
+    tokenizer = Tokenizer(hf, ChatTemplate(source, chat_template, dict(hf.special_tokens_map)), missing, stops)
     end = tokenizer.end_of_turn_id
     if end is not None and end != hf.eos_token_id:
         hf.eos_token = tokenizer.added[end].content

@@ -24,10 +24,13 @@ class Tokenizer:
     vocab_size: ids it may give, added ones included; this may exceed the model's embedding. added_tokens: what the chat
     template needed and the tokenizer lacked. end_of_turn_id: the added token that the template writes after an
     assistant's content, None where it writes none. added: id -> added token. backend: its `tokenizers` core, whose
-    offsets are not trimmed and which adds nothing: the template writes all special tokens.
+    offsets are not trimmed and which adds nothing: the template writes all special tokens. `stops`: ids that the
+    model's folder names as the end of an answer.
     """
 
-    def __init__(self, hf: Any, template: ChatTemplate | None, added_tokens: tuple[str, ...] = ()):
+    def __init__(
+        self, hf: Any, template: ChatTemplate | None, added_tokens: tuple[str, ...] = (), stops: Sequence[int] = ()
+    ):
         from itune.data.render import end_of_turn
 
         if not getattr(hf, "is_fast", False):
@@ -45,7 +48,7 @@ class Tokenizer:
         self.is_added_V[list(self.added)] = True
         self.structures: dict[str, Any] = {}  # what encode.py found out about the template
         self.end_of_turn_id = end_of_turn(self) if self.template else None
-        self._text_end_id = hf.eos_token_id
+        self._source_stops = (hf.eos_token_id, *stops)
 
     @property
     def eos_id(self) -> int | None:
@@ -58,8 +61,8 @@ class Tokenizer:
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Ids that end a generated answer: the end of a turn, and of text in training and in pretraining."""
-        return tuple(sorted({i for i in (self.end_of_turn_id, self.eos_id, self._text_end_id) if i is not None}))
+        """Ids that end a generated answer: the end of a turn, of text in training and in pretraining, and `stops`."""
+        return tuple(sorted({i for i in (self.end_of_turn_id, self.eos_id, *self._source_stops) if i is not None}))
 
     @functools.cached_property
     def plain_backend(self) -> Any:

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from itune.data.stops import GENERATION, stop_ids
 from itune.models.hf.files import read_json
 
 # what the tokenizers and generation of transformers read; everything else in a source folder is not ours to pass on
@@ -14,7 +15,6 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
-GENERATION = "generation_config.json"
 
 
 def write_companions(folder: Path, origin: Path, tokenizer: Any) -> None:
@@ -41,12 +41,6 @@ def write_companions(folder: Path, origin: Path, tokenizer: Any) -> None:
         _write(folder / GENERATION, generation)
     if stops and set(stops) - set(stop_ids(config)):
         _write(folder / "config.json", {**config, "eos_token_id": stops})
-
-
-def stop_ids(config: dict[str, Any]) -> list[int]:
-    """`eos_token_id` of a config, which may be absent, a number or a list."""
-    value = config.get("eos_token_id")
-    return [] if value is None else [value] if isinstance(value, int) else list(value)
 
 
 def _missing_stops(generation: dict[str, Any], tokenizer: Any) -> set[int]:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from itune.export.companions import GENERATION, stop_ids
+from itune.data.stops import GENERATION, stop_ids
 from itune.models import Model, forward, load_pretrained
 from itune.models.hf.files import DTYPES, read_json
 from itune.models.hf.plan import leaf_paths, make_plan
