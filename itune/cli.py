@@ -123,10 +123,10 @@ def _checkpoints(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from itune.report import write_report
+    from itune.report import report_numbers, write_report
 
-    print(write_report(arguments.workdir))
-    return 0
+    print(write_report(arguments.workdir, arguments.other, arguments.out))
+    return _finish(arguments, report_numbers(arguments.workdir, arguments.other) if arguments.json else None)
 
 
 def _data(arguments: argparse.Namespace) -> int:

@@ -85,8 +85,11 @@ def build_parser(version: str) -> Parser:
     sub.add_argument("workdir", metavar="DIR", help="a run directory")
     _json(sub)
 
-    sub = _verb(verbs, "report", "write a run's report page", "itune report runs/x")
+    sub = _verb(verbs, "report", "write a run's report page, or compare two", "itune report runs/x runs/y")
     sub.add_argument("workdir", metavar="DIR", help="a run directory")
+    sub.add_argument("other", metavar="DIR", nargs="?", help="a second one, to compare with")
+    sub.add_argument("--out", metavar="FILE", help="the page to write (default: report.html in the first directory)")
+    _json(sub)
 
     data = _verb(verbs, "data", "look at the data before spending compute", "itune data stats --config sft ...")
     actions = data.add_subparsers(dest="action", metavar="ACTION", required=True)
