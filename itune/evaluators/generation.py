@@ -14,7 +14,7 @@ from itune.evaluators import rouge, stats
 from itune.evaluators.labels import broken_down, labels
 from itune.evaluators.paired import named
 from itune.evaluators.scoring import exact, find_checker, normalized
-from itune.types import Conversation, RunError
+from itune.types import Address, Conversation, Message, RunError
 
 MEASURES = ("exact", "normalized", "rouge_l", "stopped", "repetition")  # of every item, besides its score
 
@@ -104,6 +104,22 @@ def answer_all(model: Any, params: Any, tokenizer: Any, conversations: Sequence[
     for place, answer in zip(fits, generated, strict=True):
         answers[place] = answer
     return answers
+
+
+def ask(model: Any, params: Any, tokenizer: Any, questions: Sequence[str], config: Config, source: str
+        ) -> list[dict[str, Any] | None]:  # fmt: skip
+    """Items of an evaluator's own questions: address, source, prompt, answer, stopped, tokens, repetition; None where a
+    question leaves no room in the model's context.
+    """
+    rows = [Conversation((Message("user", text),), Address(source, "", at)) for at, text in enumerate(questions, 1)]
+    items: list[dict[str, Any] | None] = []
+    for row, answer in zip(rows, answer_all(model, params, tokenizer, rows, config), strict=True):
+        items.append(None if answer is None else {
+            "address": str(row.address), "source": source, "prompt": row.messages[0].content,
+            "answer": tokenizer.decode(answer.ids), "stopped": answer.stopped, "tokens": len(answer.ids),
+            "repetition": repetition(answer.ids),
+        })  # fmt: skip
+    return items
 
 
 def describe(conversation: Conversation, config: Config, number: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import pytest
 
 from itune.config import from_dict
 from itune.decode import Generated
-from itune.evaluators import refusal, stats
+from itune.evaluators import generation, refusal, stats
 from itune.evaluators.refusal_questions import PAIRS
 
 
@@ -53,7 +53,7 @@ def test_rates_of_a_model_that_refuses_everything_but_one(model, params, tokeniz
     """The rates are of the right side, each with its n; the model here only lends its length."""
     answers = ["I cannot help with that."] * 99 + ["Gladly: first, take a bowl."]
     spoken = types.SimpleNamespace(decode=lambda ids: answers[ids[0]], stop_ids=())
-    monkeypatch.setattr(refusal, "answer_all", lambda *given: [Generated([place], True) for place in range(100)])
+    monkeypatch.setattr(generation, "answer_all", lambda *given: [Generated([place], True) for place in range(100)])
     summary, items = refusal.Evaluator(from_dict({})).run(model, params, spoken, None)
     assert (summary["refused_harmful"], summary["refused_harmless"]) == (1.0, 49 / 50)
     assert (summary["refused_harmless_low"], summary["refused_harmless_high"]) == stats.wilson(49, 50)
