@@ -104,6 +104,10 @@ class HarnessModel(TemplateLM):
             raise InputError("lm_eval: the chat template leaves out a prefilled answer; expected one that writes it")
         return before if after.startswith(" ") else before.rstrip()  # a template that trims leaves no space at its end
 
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """(log-probability in nats, whether greedy decoding gives it) of each (context, continuation)."""
+        return super().loglikelihood(requests, disable_tqdm=True)
+
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         windows: list[Scored] = []
         owners: list[int] = []
