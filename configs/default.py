@@ -45,6 +45,7 @@ def get_config() -> ConfigDict:
     c.train.remat = "none"  # recompute in the backward pass: none | full | dots (keep matrix products)
     c.train.deterministic = False  # bitwise repeatable on GPU, slower
     c.train.init_from = ""  # run directory whose trained parameters start this run
+    c.train.freeze = ""  # parameters whose path this regular expression matches stay: "embed|layer_0/attention"
     c.train.max_skipped = 3  # updates in a row whose loss or gradient is not finite: each is skipped, the last ends it
     c.train.timeout = 1800.0  # seconds a step may take before the run writes all stacks and leaves; 0 is off
 
@@ -59,12 +60,18 @@ def get_config() -> ConfigDict:
     c.optimizer.b2 = 0.999  # decay of the second moment
     c.optimizer.eps = 1e-8  # added to the root of the second moment
     c.optimizer.moment_dtype = "float32"  # dtype of the first moment
+    c.optimizer.second_moment_dtype = "float32"  # of adamw's second moment; bfloat16 is rounded stochastically
+    c.optimizer.stochastic_rounding = False  # of updates to bfloat16 weights: small ones arrive on average
+    c.optimizer.rates = {}  # learning rates by parameter path, the first match: {"embed": 0.1, "mlp/.*_proj": 2.0}
     c.optimizer.options = {}  # further keyword arguments of an optax optimizer
 
     c.lora = ConfigDict()
     c.lora.rank = 0  # 0 trains all parameters
     c.lora.alpha = 16.0  # adapters are scaled by alpha / rank
-    c.lora.targets = r".*_proj"  # regular expression over module names
+    c.lora.targets = r".*_proj"  # regular expression that a module's whole name matches: q_proj or attention/q_proj
+    c.lora.dropout = 0.0  # share of an adapter's input entries that training zeroes
+    c.lora.rslora = False  # scale by alpha / sqrt(rank)
+    c.lora.init_from = ""  # adapter folder of peft to start from; "" starts new adapters
 
     c.mesh = ConfigDict()
     c.mesh.data = 1  # copies of the model; -1 takes the devices that the other axes leave

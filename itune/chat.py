@@ -58,9 +58,18 @@ class Speaker:
 def load_speaker(folder: str) -> Speaker:
     """Model and tokenizer of a folder or hub id, for inference: bfloat16 on accelerators, spread over their devices.
 
-    Raises InputError for a folder that cannot be loaded, or a tokenizer without a chat template.
+    A run directory gives its newest checkpoint, adapters beside their base, in the run's own dtypes. Raises InputError
+    for a folder that cannot be loaded, or a tokenizer without a chat template.
     """
     use_compilation_cache()
+    if (Path(folder) / "checkpoints").is_dir():
+        from itune.saved_run import load_run
+
+        run = load_run(folder, mesh=make_mesh({"fsdp": -1}))
+        require_template(run.tokenizer)
+        source = find_folder(run.config.model.path, run.config.model.revision or None) / GENERATION
+        stops = stop_ids(read_json(source)) if source.is_file() else []
+        return Speaker(run.model, run.params, run.tokenizer, tuple(sorted({*stops, *run.tokenizer.stop_ids})))
     tokenizer = load_tokenizer(folder)
     require_template(tokenizer)
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"

@@ -91,8 +91,10 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from itune.export import export_run
+    from itune.export import export_adapter, export_run
 
+    if arguments.adapter:
+        return _finish(arguments, export_adapter(arguments.workdir, arguments.out, step=arguments.step))
     return _finish(arguments, export_run(
         arguments.workdir, arguments.out, step=arguments.step, dtype=arguments.dtype
     ))

@@ -77,6 +77,7 @@ class TrainSection:
     remat: Literal["none", "full", "dots"] = _key("none", "policy")
     deterministic: bool = _key(False, "yes or no")
     init_from: str = _key("", "run directory")
+    freeze: str = _key("", "regular expression over parameter paths")
     max_skipped: int = _key(3, "updates in a row", 1)
     timeout: float = _key(1800.0, "seconds a step, 0 is off", 0.0)
 
@@ -93,6 +94,9 @@ class OptimizerSection:
     b2: float = _key(0.999, "decay", 0.0, 1.0)
     eps: float = _key(1e-8, "added to the root", 0.0)
     moment_dtype: Dtype = _key("float32", "dtype")
+    second_moment_dtype: Dtype = _key("float32", "dtype")
+    stochastic_rounding: bool = _key(False, "yes or no")
+    rates: dict = _key({}, "regular expression over parameter paths -> multiplier")
     options: dict = _key({}, "keyword arguments of the optax optimizer")
 
 
@@ -101,6 +105,9 @@ class LoraSection:
     rank: int = _key(0, "columns, 0 is off", 0)
     alpha: float = _key(16.0, "scale times rank", 0.0)
     targets: str = _key(r".*_proj", "regular expression over module names")
+    dropout: float = _key(0.0, "share of an adapter's input entries", 0.0, 0.9)
+    rslora: bool = _key(False, "yes or no")
+    init_from: str = _key("", "adapter folder of peft")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -68,3 +68,16 @@ def forward_flops(config: Any, tokens: int, pairs: Mapping[int | None, int]) -> 
 def train_flops(config: Any, tokens: int, pairs: Mapping[int | None, int]) -> float:
     """FLOPs of forward and backward, all parameters trained."""
     return 3.0 * forward_flops(config, tokens, pairs)
+
+
+def partial_train_flops(
+    config: Any, tokens: int, pairs: Mapping[int | None, int], trained: float, added: float = 0.0
+) -> float:
+    """FLOPs of forward and backward where only some matrices train: no gradient of the others is formed.
+
+    trained: entries of the matrices that train, of experts those that a token chooses. added: entries of adapters
+    among them, which N_mat does not count.
+    """
+    whole = matrix_parameters(config)
+    attention = forward_flops(config, tokens, pairs) - 2.0 * whole * tokens
+    return 3.0 * attention + (4.0 * (whole + added) + 2.0 * trained) * tokens

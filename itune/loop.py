@@ -32,9 +32,11 @@ from itune.runtime.permissions import shared_with_everyone
 from itune.runtime.profiler import Profiler
 from itune.runtime.signals import StopRequest
 from itune.runtime.watchdog import Watchdog
-from itune.setup_run import check_resume, load_weights, local_rows, make_plan, prepare_data
-from itune.step import all_finite, init_state
+from itune.setup_run import check_resume, local_rows, make_plan, prepare_data
+from itune.step import all_finite
+from itune.tuning import frozen_digest
 from itune.types import InputError, RunError
+from itune.weights import first_state, resumed_state
 from itune.writers import Writers, cut_back, read_metrics, write_atomically
 
 OnStep = Callable[[int, Mapping[str, Any]], None]
@@ -140,7 +142,7 @@ class Run:
                 self.log(f"resumed on another mesh, {_sizes(mesh)} -> {_sizes(plan.mesh.shape)} (changes by rounding)")
         elif logged:
             self.log(f"{self.workdir} holds a run without a checkpoint: it starts again from the beginning")
-        self.store.check_space(plan.state)
+        self.store.check_space(plan.state.replace(frozen={}))
         self._write_facts()
         state, compiled = self._start_state(resumed=saved is not None)
         if self.first:
@@ -164,12 +166,12 @@ class Run:
             compiling = pool.submit(lambda: plan.step.lower(plan.state, plan.batch).compile())
             with self._timed("weights"):
                 if resumed:
-                    state = self.store.restore(self.done, plan.state)
+                    state = resumed_state(plan, self.store, self.done, self.data.tokenizer, self.log)
                     self.log(f"resumed from the checkpoint of step {self.done} of {self.total}")
                 else:
-                    params = load_weights(plan, self.data, self.log)
-                    state = init_state(plan.model, params, plan.optimizer, self.config.seed, plan.mesh)
+                    state = first_state(plan, self.data.tokenizer, self.log)
                     jax.block_until_ready(state)
+                self.frozen = frozen_digest(state.frozen)
             compiled = compiling.result()
             self.seconds["compile"] = time.monotonic() - begun
         distributed.meet("compiled")
@@ -180,7 +182,8 @@ class Run:
     def _steps(self, state: Any, compiled: Any) -> tuple[Any, bool]:
         """Train from `done` to `total`. Nothing here waits for the device but the metrics of the step before."""
         agreement = distributed.Agreement(self.plan.mesh)
-        meter = Meter(self.plan.model.config, jax.device_count(), jax.devices()[0].device_kind, jax.process_count())
+        meter = Meter(self.plan.model.config, jax.device_count(), jax.devices()[0].device_kind, jax.process_count(),
+                      self.plan.tuning.train_flops())
         batches = self.data.loader.iterate(self.done, rows=local_rows(self.plan.mesh, self.plan.batch))
         waiting: collections.deque[tuple[int, Any]] = collections.deque()
         self.progress.begin(self.total, self.done)
@@ -287,20 +290,21 @@ class Run:
             raise RunError(f"step {self.done}: parameters or optimizer state are not finite; they are not saved")
         data = {"fingerprint": self.data.loader.fingerprint, "step": self.done, "total_steps": self.total,
                 "seed": self.config.seed, "mesh": dict(self.plan.mesh.shape), "processes": jax.process_count(),
-                "skipped": [self.skipped, self.skipped_in_row]}
-        self.store.save(self.done, state, data=data, config=self.config.to_dict())
+                "skipped": [self.skipped, self.skipped_in_row], "frozen": self.frozen}
+        self.store.save(self.done, state.replace(frozen={}), data=data, config=self.config.to_dict())
         self.saved_step, self.saved_at = self.done, time.monotonic()
 
     def _evaluate(self, state: Any) -> None:
         """Run the evaluators that have no result at this step yet, unless the run is asked to stop."""
         folder, data = self.workdir / "eval" / str(self.done), self.data
+        params = self.plan.tuning.parameters(state.trainable, state.frozen)
         for name in self.judge.waiting(self.done):
             if self.stop.requested and jax.process_count() == 1:
                 break
             mark("evaluate-begin", self.done)
             with self._timed("evaluate"):
                 results = evaluators.evaluate(
-                    self.config, self.plan.model, state.trainable, data.tokenizer, data.dataset, folder, [name],
+                    self.config, self.plan.model, params, data.tokenizer, data.dataset, folder, [name],
                     base_folder=folder.with_name("0") if self.done else None,
                 )
             self.judge.enter(self.done, name, results[name])

@@ -6,7 +6,7 @@ import difflib
 import inspect
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from itune.rounding import round_tree
 from itune.types import InputError
 
 Schedule = Callable[[Any], Any]
@@ -112,7 +113,8 @@ def adamw(
         decayed = mask(params) if mask is not None else jax.tree.map(lambda _: True, params)
         updates = jax.tree.map(change, mu, nu, params, decayed)
         mu = jax.tree.map(lambda m: m.astype(mu_dtype), mu)
-        nu = jax.tree.map(lambda v: v.astype(nu_dtype), nu)
+        # to nearest, 0.999 v would round back to v in bfloat16 and never shrink
+        nu = round_tree(nu, state.nu, jnp.uint32(0x6E75) + count.astype(jnp.uint32))
         return updates, optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
 
     return optax.GradientTransformation(init, update)
@@ -121,14 +123,18 @@ def adamw(
 def make_optimizer(section: Any, total_steps: int, params_abstract: Any = None) -> optax.GradientTransformation:
     """The optimizer that `section` (config `optimizer`) names, its schedule inside; clipping is the step's.
 
-    `adamw` is torch's; its options are mu_dtype and nu_dtype. Any other name is an optax optimizer that takes
+    `adamw` is torch's. Any other name is an optax optimizer that takes
     `learning_rate`; it gets `optimizer.options`, and weight_decay, b1, b2, eps and moment_dtype where they differ from
-    the defaults. `sgd` decays as torch's does: the decay joins the gradient. With `params_abstract`, the tree that will
-    be trained, the optimizer is also traced on it. Raises InputError for an unknown name or option, and for a setting
-    that the optimizer cannot follow.
+    the defaults. `sgd` decays as torch's does: the decay joins the gradient. `optimizer.rates` multiplies what an
+    update changes in the parameters whose path a regular expression matches, decay included: their own learning rate.
+    With `params_abstract`, the tree that will be trained, the optimizer is also traced on it. Raises InputError for an
+    unknown name or option, and for a setting that the optimizer cannot follow.
     """
+    rates = getattr(section, "rates", {})
+    if params_abstract is not None:
+        rate_multipliers(params_abstract, rates)
     try:
-        optimizer = _build(section, make_schedule(section, total_steps))
+        optimizer = _with_rates(_build(section, make_schedule(section, total_steps)), rates)
         if params_abstract is not None:
             jax.eval_shape(lambda p: optimizer.update(p, optimizer.init(p), p), params_abstract)
     except (TypeError, ValueError, AttributeError) as error:  # what optax raises for a value of the wrong kind
@@ -136,10 +142,55 @@ def make_optimizer(section: Any, total_steps: int, params_abstract: Any = None) 
     return optimizer
 
 
+def rate_multipliers(params: Any, rates: Mapping[str, float]) -> Any:
+    """The tree of numbers that learning rates are multiplied by: of the first pattern of `rates` that matches, else 1.
+
+    Patterns are regular expressions over paths such as blocks/layer_0/mlp/up_proj/kernel and may match any part.
+    Raises InputError for a number below 0, and for a pattern that decides about no parameter.
+    """
+    unused = set(rates)
+
+    def multiplier(path: Any, _: Any) -> float:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        pattern = next((pattern for pattern in rates if re.search(pattern, name)), None)
+        unused.discard(pattern or "")
+        return 1.0 if pattern is None else float(rates[pattern])
+
+    for pattern, value in rates.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+            raise InputError(f"config: optimizer.rates[{pattern!r}] must be a number of at least 0, found {value!r}")
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise InputError(f"config: optimizer.rates: {pattern!r} is no regular expression: {error}") from error
+    tree = jax.tree_util.tree_map_with_path(multiplier, params)
+    if unused:
+        leaves = jax.tree_util.tree_leaves_with_path(params)
+        paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+        near = difflib.get_close_matches(sorted(unused)[0], paths, n=1, cutoff=0.0)
+        raise InputError(
+            f"config: optimizer.rates: {sorted(unused)[0]!r} decides about no parameter that trains (the first pattern "
+            f"that matches does); the nearest path is {near[0]}"
+        )
+    return tree
+
+
+def _with_rates(optimizer: optax.GradientTransformation, rates: Any) -> optax.GradientTransformation:
+    if not rates:
+        return optimizer
+
+    def update(gradients: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = optimizer.update(gradients, state, params)
+        return jax.tree.map(lambda u, rate: u * rate, updates, rate_multipliers(params, rates)), state
+
+    return optax.GradientTransformation(optimizer.init, update)
+
+
 def _build(section: Any, schedule: Schedule) -> optax.GradientTransformation:
     if section.name == "adamw":
         settings = {name: getattr(section, name) for name in ("b1", "b2", "eps", "weight_decay")}
-        settings |= {"mask": decay_mask, "mu_dtype": jnp.dtype(section.moment_dtype), **_dtypes(section.options)}
+        dtypes = {"mu_dtype": section.moment_dtype, "nu_dtype": getattr(section, "second_moment_dtype", "float32")}
+        settings |= {"mask": decay_mask, **_dtypes({**dtypes, **section.options})}
         return adamw(schedule, **_accepted("adamw", adamw, settings))
     names = optimizer_names()
     if section.name not in names:
@@ -183,6 +234,8 @@ def _changed(section: Any, known: Any) -> dict[str, Any]:
     if section.moment_dtype != "float32":
         name = next((n for n in ("mu_dtype", "accumulator_dtype", "dtype_momentum") if n in known), "moment_dtype")
         settings[name] = jnp.dtype(section.moment_dtype)
+    if getattr(section, "second_moment_dtype", "float32") != "float32":
+        settings["second_moment_dtype"] = section.second_moment_dtype  # which no optimizer of optax has
     return settings
 
 

@@ -97,9 +97,11 @@ def format_seconds(seconds: float | None) -> str:
 class Meter:
     """Tokens a second and MFU since the last restart. Real tokens: padding is not counted."""
 
-    def __init__(self, model: Any, devices: int, device_kind: str, processes: int = 1) -> None:
+    def __init__(
+        self, model: Any, devices: int, device_kind: str, processes: int = 1, train_flops: Any = flops.train_flops
+    ) -> None:
         """`model` is a ModelConfig; `devices` and `processes` are those of the whole job."""
-        self.model, self.processes = model, processes
+        self.model, self.processes, self.train_flops = model, processes, train_flops
         peak = flops.peak_flops(device_kind)
         self.peak = peak * devices if peak else None
         self._pairs: dict[int, dict[int | None, int]] = {}
@@ -114,7 +116,7 @@ class Meter:
 
     def add(self, step: int, values: Mapping[str, Any]) -> None:
         self._tokens += values["tokens"]
-        self._flops += flops.train_flops(self.model, values["tokens"], self._pairs.pop(step))
+        self._flops += self.train_flops(self.model, values["tokens"], self._pairs.pop(step))
 
     def read(self) -> dict[str, Any]:
         seconds = time.monotonic() - self._begun

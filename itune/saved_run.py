@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from itune import evaluators
@@ -18,9 +17,10 @@ from itune.evaluators import shown
 from itune.models import load_model, load_pretrained
 from itune.runtime import distributed
 from itune.runtime.compilation import use_compilation_cache
-from itune.setup_run import model_settings
+from itune.setup_run import make_tuning, model_settings
 from itune.sharding import make_mesh
 from itune.types import InputError
+from itune.weights import saved_halves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,9 @@ class LoadedRun:
     step: int
     tokenizer: Any
     model: Any
-    params: Any
+    params: Any  # what the model reads: adapters stand beside their base
+    tuning: Any = None
+    halves: tuple[Any, Any] = ({}, {})  # (trainable, frozen)
 
 
 def load_run(
@@ -58,11 +60,9 @@ def load_run(
     mesh = make_mesh(dataclasses.asdict(config.mesh)) if mesh is None else mesh
     tokenizer = load_tokenizer(config.model.path, config.data.chat_template, config.model.revision or None)
     model = load_model(config.model.path, mesh, **model_settings(config, tokenizer))
-    shapes = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        model.abstract_params(), model.shardings(),
-    )
-    return LoadedRun(config, step, tokenizer, model, store.restore_part(step, "trainable", shapes))
+    tuning = make_tuning(config, model)
+    halves = saved_halves(config, model, tokenizer, store, step, log)
+    return LoadedRun(config, step, tokenizer, model, tuning.parameters(*halves), tuning, halves)
 
 
 @dataclasses.dataclass(frozen=True)

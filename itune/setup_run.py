@@ -11,15 +11,17 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from itune.checkpoint import Store, compare_configs
+from itune.checkpoint import compare_configs
 from itune.config import Config
 from itune.evaluators import check_held_out, find_evaluator
 from itune.judge import check_patience
-from itune.models import load_model, load_pretrained
+from itune.models import load_model
+from itune.models.lora import Lora
 from itune.objectives.sft import make_sft
 from itune.optim import make_optimizer, make_schedule
 from itune.sharding import batch_sharding, make_mesh
 from itune.step import TrainStep, abstract_state, check_batch, make_train_step
+from itune.tuning import Tuning
 from itune.types import Batch, InputError
 
 Log = Callable[[str], None]
@@ -41,6 +43,7 @@ class Plan:
     config: Config
     mesh: Mesh
     model: Any
+    tuning: Tuning
     optimizer: Any
     step: TrainStep
     state: Any  # TrainState of ShapeDtypeStructs with shardings
@@ -76,10 +79,8 @@ def make_plan(config: Config, data: Data, log: Log, devices: Sequence[Any] | Non
 
     `devices`: what to plan for, this machine's by default; they need not be there (`itune.plan.compile`).
     """
-    for name in ("lora.rank", "compat"):
-        section, _, key = name.rpartition(".")
-        if value := getattr(getattr(config, section) if section else config, key):
-            raise InputError(f"config: {name}={value!r} is not supported by this version; leave it out")
+    if config.compat:
+        raise InputError(f"config: compat={config.compat!r} is not supported by this version; leave it out")
     check_evaluators(config, data.dataset)
     check_patience(config)
     mesh = make_mesh(dataclasses.asdict(config.mesh), devices)
@@ -88,19 +89,42 @@ def make_plan(config: Config, data: Data, log: Log, devices: Sequence[Any] | Non
     batch = Batch(*(jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh)) for dtype in dtypes))
     check_batch(batch, mesh, config.train.accumulation)
     model = load_model(config.model.path, mesh, **model_settings(config, data.tokenizer))
-    model = dataclasses.replace(model, max_segments=data.loader.max_segments)
+    dropout = config.lora.dropout if config.lora.rank else 0.0
+    model = dataclasses.replace(model, max_segments=data.loader.max_segments, dropout=dropout)
     if config.data.max_length > model.config.max_length:
         log(
             f"warning: data.max_length is {config.data.max_length} tokens, {config.model.path} was made for at most "
             f"{model.config.max_length}"
         )
-    optimizer = make_optimizer(config.optimizer, data.loader.total_steps)
-    objective = make_sft(model, config.loss.weighting, config.loss.chunk)
+    tuning = make_tuning(config, model)
+    trainable, frozen = tuning.abstract()
+    optimizer = make_optimizer(config.optimizer, data.loader.total_steps, trainable)
+    objective = make_sft(model, config.loss.weighting, config.loss.chunk, parameters=tuning.parameters)
     step = make_train_step(
         objective, optimizer, make_schedule(config.optimizer, data.loader.total_steps), mesh,
         accumulation=config.train.accumulation, clip_norm=config.optimizer.clip_norm,
+        stochastic_rounding=config.optimizer.stochastic_rounding,
     )
-    return Plan(config, mesh, model, optimizer, step, abstract_state(model, optimizer, mesh), batch)
+    log(tuning.describe(trainable, frozen))
+    state = abstract_state(model, optimizer, mesh, trainable=trainable, frozen=frozen)
+    return Plan(config, mesh, model, tuning, optimizer, step, state, batch)
+
+
+def make_tuning(config: Config, model: Any) -> Tuning:
+    """What trains of `model`. Raises InputError for settings that exclude each other or do nothing."""
+    section = config.lora
+    rounds = config.optimizer.stochastic_rounding
+    if rounds and (config.model.param_dtype != "bfloat16" or section.rank):
+        why = "adapters are float32" if section.rank else f"model.param_dtype is {config.model.param_dtype}"
+        raise InputError(f"config: optimizer.stochastic_rounding is for bfloat16 weights that train; here {why}")
+    if not section.rank:
+        if section.init_from:
+            raise InputError("config: lora.init_from needs lora.rank; set it to the adapter's r")
+        return Tuning(model, config.train.freeze)
+    if config.train.freeze:
+        raise InputError("config: train.freeze and lora.rank exclude each other: beside adapters all is frozen already")
+    settings = {name: getattr(section, name) for name in ("rank", "alpha", "targets", "dropout", "rslora")}
+    return Tuning(model, lora=Lora(**settings), init_from=section.init_from)
 
 
 def check_evaluators(config: Config, dataset: Any) -> None:
@@ -127,19 +151,6 @@ def model_settings(config: Config, tokenizer: Any) -> dict[str, Any]:
             "tokenizer that belongs to the model"
         )
     return {**settings, "vocab_size": tokenizer.vocab_size}
-
-
-def load_weights(plan: Plan, data: Data, log: Log) -> Any:
-    """The parameters that a new run starts from: those of `model.path`, or of the run that `train.init_from` names."""
-    config = plan.config
-    if not config.train.init_from:
-        return load_pretrained(config.model.path, plan.mesh, **model_settings(config, data.tokenizer))[1]
-    store = Store(Path(config.train.init_from) / "checkpoints", log=log)
-    step = store.newest_good()
-    if step is None:
-        raise InputError(f"train.init_from: {config.train.init_from} has no checkpoint; it must be a run directory")
-    log(f"start from the parameters of {config.train.init_from}, step {step}")
-    return store.restore_part(step, "trainable", plan.state.trainable)
 
 
 def check_resume(workdir: Path, saved: Any, config: Config, data: Data | None, log: Log) -> None:

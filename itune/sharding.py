@@ -27,6 +27,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "vocab": ("tensor",),
     "layers": (),
     "norm": (),
+    "rank": (),
 }
 
 

@@ -11,10 +11,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from itune.objectives.objective import Objective
 from itune.optim import Schedule, clip_by_global_norm
+from itune.rounding import round_tree
 from itune.sharding import batch_sharding, replicated, rows_divisor, spec, tree_shardings
 from itune.types import Batch, InputError, TrainState
 
 Metrics = dict[str, Any]
+_ROUNDING = 0x726F756E  # the stream of random bits of stochastic rounding: no micro-batch has this number
 
 
 def init_state(
@@ -113,6 +115,7 @@ def make_train_step(
     accumulation: int = 1,
     clip_norm: float = 1.0,
     clip_eps: float = 1e-6,
+    stochastic_rounding: bool = False,
 ) -> TrainStep:
     """One optimizer step on one global batch, in `accumulation` micro-batches whose gradients are summed in float32.
 
@@ -121,7 +124,8 @@ def make_train_step(
     Metrics (device scalars): loss (what is minimised), grad_norm (before clipping), learning_rate (the one used),
     accuracy, supervised_tokens (weight above 0), tokens (padding left out), finite (loss and norm are; if not,
     parameters and moments stay as they were).
-    Raises InputError at the first call when the batch cannot be cut.
+    With `stochastic_rounding` bfloat16 parameters take their update at random up or down (`itune.rounding`), by the
+    state's rng and step. Raises InputError at the first call when the batch cannot be cut.
     """
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         check_batch(batch, mesh, accumulation)
@@ -132,7 +136,12 @@ def make_train_step(
         gradients = jax.tree.map(lambda g: g * inverse, gradients)
         gradients, grad_norm = clip_by_global_norm(gradients, clip_norm, clip_eps)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
+        if stochastic_rounding:
+            exact = jax.tree.map(lambda p, u: p.astype(jnp.float32) + u, state.trainable, updates)
+            seed = jax.random.bits(jax.random.fold_in(rng, _ROUNDING), (), jnp.uint32)
+            trainable = round_tree(exact, state.trainable, seed)
+        else:
+            trainable = optax.apply_updates(state.trainable, updates)
         loss = sums["loss"] * inverse
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         trainable = _chosen(finite, trainable, state.trainable)

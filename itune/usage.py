@@ -68,7 +68,9 @@ def build_parser(version: str) -> Parser:
     sub.add_argument("--workdir", required=True, metavar="DIR", help="a run directory")
     sub.add_argument("--out", required=True, metavar="FOLDER", help="the folder to write")
     sub.add_argument("--step", type=int, metavar="N", help="checkpoint of this step (default: the newest)")
-    sub.add_argument("--dtype", choices=("float32", "bfloat16"), help="dtype of the weights (default: the source's)")
+    kind = sub.add_mutually_exclusive_group()
+    kind.add_argument("--dtype", choices=("float32", "bfloat16"), help="dtype of the weights (default: the source's)")
+    kind.add_argument("--adapter", action="store_true", help="a LoRA run's adapters as a folder of peft, not merged")
     _json(sub)
 
     sub = _verb(verbs, "generate", "answer the prompts of a file",
@@ -122,6 +124,6 @@ def _config(sub: Parser) -> None:
 
 
 def _model(sub: Parser) -> None:
-    sub.add_argument("--model", required=True, metavar="FOLDER", help="a model folder or hub id")
+    sub.add_argument("--model", required=True, metavar="FOLDER", help="a model folder, hub id or run directory")
     sub.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer (default 256)")
     sub.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default): the likeliest token")

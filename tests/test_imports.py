@@ -13,12 +13,12 @@ PACKAGE = Path(__file__).parents[1] / "itune"
 FLOORS = [
     ("cli", "usage", "__main__"),
     ("demo", "verify"),
-    ("loop", "plan", "export", "report", "chat", "setup_run", "saved_run", "judge"),
+    ("loop", "plan", "export", "report", "chat", "setup_run", "saved_run", "judge", "weights"),
     ("evaluators", "checkpoint", "runtime", "feed", "progress"),
     ("step",),
-    ("objectives", "optim", "decode", "flops"),
+    ("objectives", "optim", "decode", "flops", "tuning"),
     ("models", "data"),
-    ("sharding", "config", "writers"),
+    ("sharding", "config", "writers", "rounding"),
     ("types",),
 ]
 FLOOR_OF = {name: len(FLOORS) - index for index, names in enumerate(FLOORS) for name in names}

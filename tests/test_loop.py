@@ -21,9 +21,10 @@ from itune.config import Config, from_dict
 from itune.loop import Result, train
 from itune.runtime.crash import shown_to
 from itune.saved_run import evaluate_saved, load_run
-from itune.setup_run import load_weights, make_plan, prepare_data
+from itune.setup_run import make_plan, prepare_data
 from itune.step import init_state
 from itune.types import InputError, RunError
+from itune.weights import base_weights
 from itune.writers import read_metrics
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
@@ -320,7 +321,7 @@ def test_template_that_adds_tokens_grows_the_embedding_and_says_so(inputs, tmp_p
     data = prepare_data(config, lines.append)
     plan = make_plan(config, data, lines.append)
     with shown_to(lines.append):
-        embedding = load_weights(plan, data, lines.append)["embed"]["embedding"]
+        embedding = base_weights(plan.config, plan.model, data.tokenizer, lines.append)["embed"]["embedding"]
     assert embedding.shape[0] == plan.model.config.vocab_size == 323
     np.testing.assert_allclose(embedding[320:], np.tile(embedding[:320].mean(0), (3, 1)), atol=1e-7)
     assert any("3 rows added to the 320 of the checkpoint" in line for line in lines)

@@ -11,6 +11,7 @@ from itune.config import configs_dir, load_config
 from itune.models import load_model
 from itune.objectives.sft import make_sft
 from itune.optim import make_optimizer, make_schedule
+from itune.setup_run import make_tuning
 from itune.sharding import make_mesh
 from itune.step import abstract_state, make_train_step
 from itune.types import Batch
@@ -37,13 +38,14 @@ def test_recipe_traces(recipe, tmp_path):
         _model_folder(config.model.path, tmp_path), mesh, config.model.param_dtype,
         compute_dtype=config.model.compute_dtype, remat=config.train.remat, attention=config.model.attention,
     )
-    steps = 100
-    optimizer = make_optimizer(config.optimizer, steps, model.abstract_params())
-    state = abstract_state(model, optimizer, mesh)
-    objective = make_sft(model, config.loss.weighting, config.loss.chunk)
+    steps, tuning = 100, make_tuning(config, model)
+    trainable, frozen = tuning.abstract()
+    optimizer = make_optimizer(config.optimizer, steps, trainable)
+    state = abstract_state(model, optimizer, mesh, trainable=trainable, frozen=frozen)
+    objective = make_sft(model, config.loss.weighting, config.loss.chunk, parameters=tuning.parameters)
     step = make_train_step(
         objective, optimizer, make_schedule(config.optimizer, steps), mesh, accumulation=config.train.accumulation,
-        clip_norm=config.optimizer.clip_norm,
+        clip_norm=config.optimizer.clip_norm, stochastic_rounding=config.optimizer.stochastic_rounding,
     )
     shape = (config.train.batch_size, config.data.max_length)
     ints, floats = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.float32)

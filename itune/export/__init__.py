@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from itune.config import load_config
-from itune.export.companions import write_companions
-from itune.export.proof import PROOF, prove_tokenizer, prove_weights, write_proof
-from itune.models import Model, save_pretrained
+from itune.export.companions import write_companions, write_tokenizer
+from itune.export.proof import PROOF, probe_tokens, prove_tokenizer, prove_weights, write_proof
+from itune.models import Model, forward, load_model, save_pretrained
 from itune.models.hf.files import find_folder
+from itune.models.peft import read_adapter, write_adapter
 from itune.sharding import make_mesh
 from itune.types import InputError, RunError
 
@@ -100,13 +102,75 @@ def export_run(
     check_target(Path(out), None)
     run = load_run(workdir, step, _mesh_here(Path(workdir)), log)
     section = run.config.model
+    model, params, info = run.model, run.params, {"workdir": str(workdir), "step": run.step}
+    if run.config.lora.rank:
+        model, params, difference = merged(run.model, run.tuning, *run.halves, dtype)
+        info["merge_logit_difference"] = difference
+        log(f"merged in {model.param_dtype}: logits differ by at most {difference:.3g} from those of the adapters "
+            "beside their base")
     report = export_pretrained(
-        out, run.model, run.params, section.path, run.tokenizer, dtype, revision=section.revision or None,
-        info={"workdir": str(workdir), "step": run.step},
+        out, model, params, section.path, run.tokenizer, dtype, revision=section.revision or None, info=info
     )
     log(f"exported step {run.step} to {out}: {report.parameters:,} parameters, {report.bytes:,} bytes of weights")
     log(f"proof: reloaded, largest difference of a logit {report.max_abs_logit_difference:.3g} (see {PROOF})")
-    return {**report.to_dict(), "step": run.step}
+    return {**report.to_dict(), **info}
+
+
+def merged(model: Model, tuning: Any, trainable: Any, frozen: Any, dtype: str | None) -> tuple[Model, Any, float]:
+    """(model, parameters with the adapters in them, what merging changed in a logit of the probe, in float32 compute).
+
+    Merging rounds to the dtype of the base; a base in bfloat16 is widened first where float32 is asked for.
+    """
+    params = tuning.parameters(trainable, frozen)
+    if dtype == "float32" and model.param_dtype != "float32":
+        frozen = jax.tree.map(lambda leaf: leaf.astype("float32"), frozen)
+        model = dataclasses.replace(model, param_dtype="float32")
+    whole = tuning.merged(trainable, frozen)
+    judge, tokens_BL = dataclasses.replace(model, compute_dtype="float32"), probe_tokens(model)
+    difference = jnp.max(jnp.abs(forward(judge, params, tokens_BL) - forward(judge, whole, tokens_BL)))
+    return model, whole, float(difference)
+
+
+def export_adapter(
+    workdir: str | os.PathLike, out: str | os.PathLike, step: int | None = None, log: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """Export a LoRA run's adapters as a folder of peft, with the run's tokenizer, proven by reading it again.
+
+    Raises InputError for a run without adapters, and where they belong to no model that peft could load: to the
+    parameters of another run, or to an embedding that grew for added tokens.
+    """
+    from itune.saved_run import load_run
+
+    folder = Path(out)
+    check_target(folder, None)
+    config = load_config(Path(workdir) / "config.json") if (Path(workdir) / "config.json").is_file() else None
+    if config is not None and not config.lora.rank:
+        raise InputError(f"{workdir}: this run tuned without LoRA, there is no adapter; export it without --adapter")
+    run = load_run(workdir, step, _mesh_here(Path(workdir)), log)
+    section, lora, adapters = run.config.model, run.tuning.lora, run.halves[0]
+    origin = find_folder(section.path, section.revision or None)
+    rows = load_model(section.path, revision=section.revision or None).config.vocab_size
+    if run.config.train.init_from or run.model.config.vocab_size != rows:
+        why = (f"they stand beside the parameters of {run.config.train.init_from}" if run.config.train.init_from else
+               f"its tokenizer has {run.model.config.vocab_size} tokens, {section.path} has {rows} embedding rows")
+        raise InputError(f"{workdir}: peft cannot use its adapters alone: {why}; export it merged, without --adapter")
+    base = str(Path(section.path).absolute()) if Path(section.path).is_dir() else section.path
+    with _staged(folder) as staging:
+        size = write_adapter(staging, run.model, lora, adapters, base)
+        _barrier("adapter written")
+        read = read_adapter(staging, run.model, lora)
+        wrong = [leaf.shape for leaf, again in zip(*map(jax.tree.leaves, (adapters, read)), strict=True)
+                 if not bool(jnp.array_equal(leaf, again))]
+        if wrong:
+            raise RunError(f"{folder}: {len(wrong)} adapter tensors read back with other values")
+        report = {"folder": str(folder), "source": base, "step": run.step, "workdir": str(workdir), "bytes": size,
+                  "parameters": sum(leaf.size for leaf in jax.tree.leaves(adapters))}
+        if jax.process_index() == 0:
+            write_tokenizer(staging, origin, run.tokenizer)
+            write_proof(staging, report, {})
+    log(f"exported the adapters of step {run.step} to {out}: {report['parameters']:,} parameters, {size:,} bytes, "
+        f"for {base}; read back equal")
+    return report
 
 
 def _mesh_here(workdir: Path) -> Mesh | None:

@@ -17,17 +17,19 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 
 
-def write_companions(folder: Path, origin: Path, tokenizer: Any) -> None:
-    """Write all files of a model folder but config and weights.
-
-    A tokenizer that equals the source's is copied from there. Without a tokenizer everything is.
-    """
+def write_tokenizer(folder: Path, origin: Path, tokenizer: Any) -> None:
+    """Write tokenizer and chat template: copied from the source where the tokenizer equals the source's, or is None."""
     if tokenizer is None or _is_sources(origin, tokenizer):
         for name in TOKENIZER_FILES:
             if (origin / name).is_file():
                 shutil.copyfile(origin / name, folder / name)
     else:
         _tokenizer_of(tokenizer).hf.save_pretrained(folder)
+
+
+def write_companions(folder: Path, origin: Path, tokenizer: Any) -> None:
+    """Write all files of a model folder but config and weights. Without a tokenizer all are copied from the source."""
+    write_tokenizer(folder, origin, tokenizer)
     generation = read_json(origin / GENERATION) if (origin / GENERATION).is_file() else None
     if tokenizer is None or (generation is not None and not _missing_stops(generation, tokenizer)):
         if generation is not None:

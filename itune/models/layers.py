@@ -45,6 +45,8 @@ AXES: dict[tuple[str, str], tuple[str, ...]] = {
     ("final_norm", "scale"): ("norm",),
 }
 
+ADAPTERS = "lora"  # the collection of low-rank adapters, beside "params" (itune/models/lora.py)
+
 ACTIVATIONS: dict[str, Any] = {
     "silu": jax.nn.silu,
     "swish": jax.nn.silu,
@@ -94,19 +96,27 @@ widening_linear.defvjp(_widening_forward, _widening_backward)
 
 
 class Dense(nn.Module):
-    """A projection to `features` with a kernel (features, in)."""
+    """A projection to `features` with a kernel (features, in), and a low-rank adapter beside it where one is given.
+
+    `dropout`: the share of the adapter's input entries that are zeroed when there is a dropout rng.
+    """
 
     features: int
     bias: bool
     init_std: float
     dtype: str
     param_dtype: str
+    dropout: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (self.features, x.shape[-1])
         kernel = self.param("kernel", nn.initializers.normal(self.init_std), shape, self.param_dtype)
         y = linear(x, kernel, self.dtype)
+        if self.has_variable(ADAPTERS, "a"):
+            x = nn.Dropout(self.dropout, deterministic=not self.has_rng("dropout"))(x)
+            low = linear(x, self.get_variable(ADAPTERS, "a"), self.dtype)
+            y = y + linear(low, self.get_variable(ADAPTERS, "b"), self.dtype)
         if self.bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype).astype(self.dtype)
         return y
@@ -138,13 +148,14 @@ class MLP(nn.Module):
     config: ModelConfig
     dtype: str
     param_dtype: str
+    dropout: float = 0.0
 
     @nn.compact
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         c = self.config
 
         def dense(features: int, name: str) -> Dense:
-            return Dense(features, c.mlp_bias, c.init_std, self.dtype, self.param_dtype, name=name)
+            return Dense(features, c.mlp_bias, c.init_std, self.dtype, self.param_dtype, self.dropout, name=name)
 
         if c.fused_gate_up:
             gate_BLF, up_BLF = jnp.split(dense(2 * c.mlp_width, "gate_up_proj")(x_BLD), 2, axis=-1)

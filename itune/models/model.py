@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from itune.models.architecture import ModelConfig
 from itune.models.attention.cache import init_cache
-from itune.models.layers import AXES, linear, softcap, widening_linear
+from itune.models.layers import ADAPTERS, AXES, linear, softcap, widening_linear
 from itune.models.transformer import Decoder, Settings
 from itune.sharding import check_divisible, tree_shardings
 
@@ -22,7 +22,7 @@ class Model:
     """A decoder, hashable, so that jit may take it as a static argument.
 
     Parameters are a nested dict: embed, blocks (stacked over repetitions of the block), rest_i (unrolled layers),
-    final_norm, and lm_head unless the embedding is tied. Kernels are (out, in).
+    final_norm, and lm_head unless the embedding is tied; lora where there are adapters. Kernels are (out, in).
     """
 
     config: ModelConfig
@@ -33,6 +33,7 @@ class Model:
     remat: str = "none"
     mesh: Mesh | None = None
     max_segments: int = 0  # examples in the fullest row, padding counted as one; 0 is unknown (cuDNN then allows 32)
+    dropout: float = 0.0  # of what enters an adapter, where an rng is given (itune/models/lora.py)
     scan: bool = True  # False: no layer is stacked; only for parameters of itune/models/unrolled.py
 
     def init(self, rng: jax.Array) -> Any:
@@ -68,11 +69,13 @@ class Model:
     ) -> jax.Array:
         """Hidden states after the final norm, (B, L, D), compute dtype.
 
-        `rng` is for layers that draw at random; no family here has one.
+        `rng` is for `dropout`: without one nothing is drawn.
         """
-        del rng
         segments_BL, positions_BL = _defaults(tokens_BL, segment_ids_BL, positions_BL)
-        hidden_BLD: Any = self._decoder().apply({"params": params}, tokens_BL, segments_BL, positions_BL)
+        rngs = {"dropout": rng} if rng is not None and self.dropout else None
+        hidden_BLD: Any = self._decoder().apply(
+            _collections(params), tokens_BL, segments_BL, positions_BL, rngs=rngs
+        )
         return hidden_BLD
 
     def unembed(self, params: Any) -> jax.Array:
@@ -111,7 +114,7 @@ class Model:
         attended. The caller sees to it that the slots suffice: past the end a write would land on the last slots.
         """
         segments_BL, positions_BL = _defaults(tokens_BL, segment_ids_BL, positions_BL)
-        both: Any = self._decoder().apply({"params": params}, tokens_BL, segments_BL, positions_BL, cache)
+        both: Any = self._decoder().apply(_collections(params), tokens_BL, segments_BL, positions_BL, cache)
         return both
 
     def _decoder(self) -> Decoder:
@@ -145,6 +148,12 @@ def _axes(path: tuple, leaf: jax.ShapeDtypeStruct) -> tuple[str, ...]:
     axes = AXES[names[-2], names[-1]]
     axes = ("expert", *axes) if "experts" in names else axes
     return ("layers", *axes) if names[0] == "blocks" else axes
+
+
+def _collections(params: Any) -> dict[str, Any]:
+    """Parameters as flax takes them: adapters are a collection of their own."""
+    base = {name: leaf for name, leaf in params.items() if name != ADAPTERS}
+    return {"params": base, **({ADAPTERS: params[ADAPTERS]} if ADAPTERS in params else {})}
 
 
 def _defaults(tokens_BL, segments_BL, positions_BL):

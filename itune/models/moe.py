@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from itune.models.architecture import Experts, ModelConfig
-from itune.models.layers import ACTIVATIONS, linear, precision
+from itune.models.layers import ACTIVATIONS, ADAPTERS, linear, precision
 from itune.sharding import axis_size, rows_divisor, spec
 
 BY_EXPERT = jax.lax.RaggedDotDimensionNumbers(
@@ -25,7 +25,8 @@ BY_EXPERT = jax.lax.RaggedDotDimensionNumbers(
 
 
 class Stack(nn.Module):
-    """A projection of every expert: kernel (E, out, in), and bias (E, out) where there is one."""
+    """A projection of every expert: kernel (E, out, in), bias (E, out) where there is one, and where there is an
+    adapter its a (E, rank, in) and b (E, out, rank)."""
 
     count: int
     out: int
@@ -39,6 +40,8 @@ class Stack(nn.Module):
         weights = {"kernel": self.param("kernel", nn.initializers.normal(self.init_std), shape, self.param_dtype)}
         if self.bias:
             weights["bias"] = self.param("bias", nn.initializers.zeros, shape[:2], self.param_dtype)
+        if self.has_variable(ADAPTERS, "a"):
+            weights |= {name: self.get_variable(ADAPTERS, name) for name in ("a", "b")}
         return weights
 
 
@@ -154,16 +157,16 @@ def mix(
     sizes_E = jnp.bincount(own_S, length=count + 1)[:count].astype(jnp.int32)
     mine_S1 = (expert_S < count)[:, None]
 
+    def ragged(rows: jax.Array, kernels: jax.Array) -> jax.Array:
+        return jax.lax.ragged_dot_general(
+            rows, kernels, sizes_E, BY_EXPERT, precision=precision(rows.dtype), preferred_element_type=rows.dtype
+        )
+
     def project(name: str, rows: jax.Array, whole: bool = True) -> jax.Array:
         stack = stacks[name]
-        y = jax.lax.ragged_dot_general(
-            rows,
-            stack["kernel"],
-            sizes_E,
-            BY_EXPERT,
-            precision=precision(rows.dtype),
-            preferred_element_type=rows.dtype,
-        )
+        y = ragged(rows, stack["kernel"])
+        if "a" in stack:  # linear: where `rows` is a part of the width, so is this product, and the psum adds up both
+            y = y + ragged(ragged(rows, stack["a"]), stack["b"])
         if "bias" in stack:
             bias = stack["bias"][jnp.minimum(expert_S, count - 1)]
             y = y + (bias if whole else jnp.where(jax.lax.axis_index("tensor") == 0, bias, 0))
@@ -184,5 +187,6 @@ def mix(
 
 def _spec(names: tuple[str, str], part: str) -> PartitionSpec:
     """Experts over their axis and width over tensor; the model's width is whole on every device that computes."""
-    inner = ["tensor" if name == "mlp" else None for name in names]
-    return PartitionSpec("expert", *(inner if part == "kernel" else inner[:1]))
+    out, into = ("tensor" if name == "mlp" else None for name in names)
+    inner = {"kernel": (out, into), "bias": (out,), "a": (None, into), "b": (out, None)}[part]
+    return PartitionSpec("expert", *inner)

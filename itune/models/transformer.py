@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from itune.models.architecture import LayerKind, ModelConfig, Rope, layer_plan
 from itune.models.attention import attention
 from itune.models.attention.cache import read, write
-from itune.models.layers import MLP, Dense, RMSNorm, rope_tables, rotate
+from itune.models.layers import ADAPTERS, MLP, Dense, RMSNorm, rope_tables, rotate
 from itune.models.moe import MoE
 from itune.sharding import constrain
 from itune.types import InputError
@@ -30,6 +30,7 @@ class Settings(NamedTuple):
     mesh: Mesh | None
     max_segments: int = 0
     scan: bool = True
+    dropout: float = 0.0
 
 
 class Context(NamedTuple):
@@ -78,7 +79,7 @@ class Attention(nn.Module):
             mesh=s.mesh,
             max_segments=s.max_segments,
         )
-        out = Dense(c.width, c.out_bias, c.init_std, s.dtype, s.param_dtype, name="o_proj")
+        out = Dense(c.width, c.out_bias, c.init_std, s.dtype, s.param_dtype, s.dropout, name="o_proj")
         return out(mixed_BLNH.reshape(*x_BLD.shape[:2], -1)), cache
 
     def _project(self, x_BLD: jax.Array) -> list[jax.Array]:
@@ -87,7 +88,8 @@ class Attention(nn.Module):
         heads = {"q": c.num_heads, "k": c.num_kv_heads, "v": c.num_kv_heads}
 
         def dense(name: str, heads: int) -> jax.Array:
-            return Dense(heads * c.head_dim, c.qkv_bias, c.init_std, s.dtype, s.param_dtype, name=name)(x_BLD)
+            width = heads * c.head_dim
+            return Dense(width, c.qkv_bias, c.init_std, s.dtype, s.param_dtype, s.dropout, name=name)(x_BLD)
 
         if c.fused_qkv:
             cuts = [c.num_heads * c.head_dim, (c.num_heads + c.num_kv_heads) * c.head_dim]
@@ -127,7 +129,7 @@ class Layer(nn.Module):
         hidden_BLD = add(norm("attention_post_norm", after, mixed_BLD))
         normed_BLD = norm("mlp_norm", before, hidden_BLD)
         if self.kind.experts is None:
-            mixed_BLD = MLP(c, s.dtype, s.param_dtype, name="mlp")(normed_BLD)
+            mixed_BLD = MLP(c, s.dtype, s.param_dtype, s.dropout, name="mlp")(normed_BLD)
         else:
             mixed_BLD = MoE(c, self.kind.experts, s.dtype, s.param_dtype, s.mesh, name="mlp")(normed_BLD)
         hidden_BLD = add(norm("mlp_post_norm", after, mixed_BLD))
@@ -169,8 +171,8 @@ class Decoder(nn.Module):
         if repeats:
             scanned = nn.scan(
                 Block,
-                variable_axes={"params": 0},
-                split_rngs={"params": True},
+                variable_axes={"params": 0, ADAPTERS: 0},
+                split_rngs={"params": True, "dropout": True},
                 in_axes=(0, nn.broadcast),
                 length=repeats,
                 check_constancy_invariants=False,  # nothing is broadcast out of the scan: saves tracing the block twice

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from itune.models.architecture import layer_plan
+from itune.models.layers import ADAPTERS
 from itune.models.model import Model
 
 
@@ -22,8 +23,12 @@ def unroll(model: Model) -> Model:
 
 def unroll_params(model: Model, params: Any) -> Any:
     """Parameters with the stacked layers taken apart: rest_0 .. rest_(layers - 1) in the order of the model."""
+    if ADAPTERS in params:
+        base = {name: leaf for name, leaf in params.items() if name != ADAPTERS}
+        return {**unroll_params(model, base), ADAPTERS: unroll_params(model, params[ADAPTERS])}
     whole = {name: leaf for name, leaf in params.items() if name != "blocks" and not name.startswith("rest_")}
-    layers = _layers(model, params["blocks"], "layer_{}", [params[name] for name in _rest_names(model)])
+    rest = [params.get(name, {}) for name in _rest_names(model)]
+    layers = _layers(model, params.get("blocks", {}), "layer_{}", rest)
     return {**whole, **{f"rest_{i}": layer for i, layer in enumerate(layers)}}
 
 
@@ -41,7 +46,7 @@ def _rest_names(model: Model) -> list[str]:
 def _layers(model: Model, blocks: Any, name: str, rest: Any) -> list[Any]:
     period, repeats = layer_plan(model.config.kinds)
     scanned = [
-        jax.tree.map(lambda leaf, turn=layer // period: leaf[turn], blocks[name.format(layer % period)])
+        jax.tree.map(lambda leaf, turn=layer // period: leaf[turn], blocks.get(name.format(layer % period), {}))
         for layer in range(period * repeats)
     ]
     return [*scanned, *rest]

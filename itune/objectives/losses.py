@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jax.sharding import Mesh, PartitionSpec
 
 from itune.sharding import spec
@@ -62,6 +63,7 @@ class _Static(NamedTuple):
     logits_fn: LogitsFn
     chunk: int
     mesh: Mesh | None
+    kernel_gradient: bool = True
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -69,25 +71,35 @@ def _cross_entropy(static: _Static, kernel_VD: Any, hidden: Any, targets: Any, w
     return _run(static, False, kernel_VD, hidden, targets, weights)[0]
 
 
-def _forward(static: _Static, kernel_VD: Any, hidden: Any, targets: Any, weights: Any) -> Any:
-    return _run(static, True, kernel_VD, hidden, targets, weights)
+def _forward(static: _Static, *arguments: Any) -> Any:
+    """A kernel that is not differentiated (LoRA, freezing) costs neither its product nor the memory of its gradient."""
+    kernel_VD, *others = arguments
+    wanted = static._replace(kernel_gradient=kernel_VD.perturbed)
+    return _run(wanted, True, kernel_VD.value, *(argument.value for argument in others))
 
 
 def _backward(static: _Static, gradients: Any, cotangents: CrossEntropy) -> Any:
-    dkernel_VD, dhidden = gradients
     scale = cotangents.loss_sum
-    return (scale * dkernel_VD).astype(dkernel_VD.dtype), (scale * dhidden).astype(dhidden.dtype), None, None
+    if isinstance(scale, SymbolicZero):
+        return None, None, None, None
+    dkernel_VD, dhidden = (None if g is None else (scale * g).astype(g.dtype) for g in gradients)
+    return dkernel_VD, dhidden, None, None
 
 
-_cross_entropy.defvjp(_forward, _backward)
+_cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _run(static: _Static, with_gradients: bool, kernel_VD: Any, hidden: Any, targets: Any, weights: Any) -> Any:
-    """CrossEntropy and, when asked, (dkernel_VD, dhidden) of the loss sum, in the dtypes of kernel and hidden."""
+    """CrossEntropy and, when asked, (dkernel_VD, dhidden) of the loss sum, in the dtypes of kernel and hidden.
+
+    dkernel_VD is None where the kernel is not differentiated.
+    """
     dtype, narrower = kernel_VD.dtype, hidden.dtype.itemsize < kernel_VD.dtype.itemsize
     kernel_VD = kernel_VD.astype(hidden.dtype) if narrower else kernel_VD  # once, and before devices exchange it
     result, gradients = _spread(static, with_gradients, kernel_VD, hidden, targets, weights)
-    return result, (gradients[0].astype(dtype), gradients[1]) if with_gradients else None
+    if gradients is not None and gradients[0] is not None:
+        gradients = gradients[0].astype(dtype), gradients[1]
+    return result, gradients
 
 
 def _spread(static: _Static, with_gradients: bool, kernel_VD: Any, hidden: Any, targets: Any, weights: Any) -> Any:
@@ -110,7 +122,7 @@ def _spread(static: _Static, with_gradients: bool, kernel_VD: Any, hidden: Any, 
         if gradients is None:
             return result, None
         dkernel_VD, dhidden = gradients
-        if scatter:  # each device keeps its columns, as it keeps its part of the parameter
+        if scatter and dkernel_VD is not None:  # each device keeps its columns, as it keeps its part of the parameter
             dkernel_VD = jax.lax.psum_scatter(dkernel_VD, "fsdp", scatter_dimension=1, tiled=True)
         others = tuple(axis for axis in row_axes if not (scatter and axis == "fsdp"))
         return result, (jax.lax.psum(dkernel_VD, others), dhidden)
@@ -147,7 +159,7 @@ def _local(
     places = jnp.where(order < count, places, tokens + order)
     if row_axes:  # every device takes the same number of turns, whatever its own tokens
         count = jax.lax.pmax(count, row_axes)
-    head = functools.partial(_chunk, static.logits_fn, with_gradients, vocab_axis, kernel_VD)
+    head = functools.partial(_chunk, static, with_gradients, vocab_axis, kernel_VD)
 
     def write(array: Any, at: Any, values: Any) -> Any:
         return array.at[at].set(values, mode="drop", unique_indices=True, indices_are_sorted=True)
@@ -162,12 +174,15 @@ def _local(
             dkernel_VD, dhidden_TD = gradients
             dkernel_C, dhidden_C = chunk_gradients
             dhidden_TD = write(dhidden_TD, at, dhidden_C.astype(dhidden_TD.dtype))
-            gradients = dkernel_VD + dkernel_C.astype(jnp.float32), dhidden_TD
+            if dkernel_C is not None:
+                dkernel_VD = dkernel_VD + dkernel_C.astype(jnp.float32)
+            gradients = dkernel_VD, dhidden_TD
         total += jnp.sum(weights_C * nll_C)
         return total, write(nll_T, at, nll_C), write(correct_T, at, correct_C), gradients
 
     zeros_T = jnp.zeros((tokens,), jnp.float32)
-    gradients = (jnp.zeros(kernel_VD.shape, jnp.float32), jnp.zeros_like(hidden_TD)) if with_gradients else None
+    dkernel_VD = jnp.zeros(kernel_VD.shape, jnp.float32) if static.kernel_gradient else None
+    gradients = (dkernel_VD, jnp.zeros_like(hidden_TD)) if with_gradients else None
     carry = (jnp.zeros((), jnp.float32), zeros_T, zeros_T, gradients)
     total, nll_T, correct_T, gradients = jax.lax.fori_loop(0, (count + chunk - 1) // chunk, turn, carry)
     if gradients is not None:
@@ -176,7 +191,7 @@ def _local(
 
 
 def _chunk(
-    logits_fn: LogitsFn,
+    static: _Static,
     with_gradients: bool,
     vocab_axis: str,
     kernel_VD: Any,
@@ -185,10 +200,13 @@ def _chunk(
     weights_T: Any,
 ) -> Any:
     """(nll_T, correct_T, (dkernel_VD, dhidden_TD) or None) of one chunk."""
-    if with_gradients:
-        logits_TV, pull = jax.vjp(logits_fn, kernel_VD, hidden_TD)
+    pull: Any = None
+    if not with_gradients:
+        logits_TV = static.logits_fn(kernel_VD, hidden_TD)
+    elif static.kernel_gradient:
+        logits_TV, pull = jax.vjp(static.logits_fn, kernel_VD, hidden_TD)
     else:
-        logits_TV, pull = logits_fn(kernel_VD, hidden_TD), None
+        logits_TV, pull = jax.vjp(functools.partial(static.logits_fn, kernel_VD), hidden_TD)
     first = jax.lax.axis_index(vocab_axis) * logits_TV.shape[-1] if vocab_axis else 0
     is_target_TV = jnp.arange(logits_TV.shape[-1])[None, :] + first == targets_T[:, None]
     highest_T = jnp.max(logits_TV, axis=-1)
@@ -202,7 +220,7 @@ def _chunk(
     if pull is None:
         return nll_T, correct_T, None
     softmax_TV = jnp.exp(logits_TV - highest_T[:, None]) / normaliser_T[:, None]
-    dkernel_VD, dhidden_TD = pull(weights_T[:, None] * (softmax_TV - is_target_TV))
+    *dkernel_VD, dhidden_TD = pull(weights_T[:, None] * (softmax_TV - is_target_TV))
     if vocab_axis:
         dhidden_TD = jax.lax.psum(dhidden_TD, vocab_axis)
-    return nll_T, correct_T, (dkernel_VD, dhidden_TD)
+    return nll_T, correct_T, (dkernel_VD[0] if dkernel_VD else None, dhidden_TD)

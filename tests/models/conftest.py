@@ -33,8 +33,9 @@ def tiny_config(**changes: Any) -> ModelConfig:
 def make_model() -> Callable[..., Model]:
     """make_model(config fields ..., mesh=, remat=, ...) -> a tiny Model of the llama family."""
 
-    def make(*, family: str = "llama", mesh: Any = None, remat: str = "none", **changes: Any) -> Model:
-        return Model(tiny_config(**changes), family, mesh=mesh, remat=remat)
+    def make(*, family: str = "llama", **changes: Any) -> Model:
+        settings = {name: changes.pop(name) for name in ("mesh", "remat", "dropout") if name in changes}
+        return Model(tiny_config(**changes), family, **settings)
 
     return make
 
