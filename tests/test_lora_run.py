@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import random
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    """A Gemma 2 of three layers that transformers made, a tokenizer with a chat template, and 64 conversations."""
+    """A Gemma 2 of two layers that transformers made, a tokenizer with a chat template, and 64 conversations."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("lora")
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
@@ -42,7 +43,7 @@ def inputs(tmp_path_factory):
             (folder / "model" / name).unlink()
         torch.manual_seed(0)
         config = transformers.Gemma2Config(
-            vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+            vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=8, sliding_window=32, max_position_embeddings=128,
         )  # fmt: skip
         transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder / "model")
@@ -62,7 +63,7 @@ def arguments(inputs, workdir, steps, **more):
         "model.path": inputs / "model", "data.train": inputs / "rows.jsonl", "data.max_length": 64,
         "data.held_out_share": 0.1, "train.batch_size": 8, "train.max_steps": steps, "train.accumulation": 2,
         "train.remat": "full", "optimizer.learning_rate": 2e-2, "optimizer.schedule": "constant",
-        "optimizer.warmup": 0, "lora.rank": 4, "lora.dropout": 0.1, "mesh.fsdp": 2, "mesh.data": 4,
+        "optimizer.warmup": 0, "lora.rank": 4, "lora.dropout": 0.1, "mesh.fsdp": 2, "mesh.data": 2, "mesh.tensor": 2,
         "log.tensorboard": False, **more,
     }  # fmt: skip
     return ["train", "--config", "sft", "--workdir", str(workdir), *(f"--config.{k}={v}" for k, v in keys.items())]
@@ -81,7 +82,7 @@ def saved(workdir):
     return jax.tree_util.tree_leaves_with_path(ocp.load(store.path(store.latest()) / "arrays"))
 
 
-def test_a_run_saves_adapters_only_and_goes_on_bit_by_bit(inputs, run, tmp_path, capsys):
+def test_a_run_saves_adapters_only_and_goes_on_bit_by_bit(inputs, run, tmp_path):
     names = {jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in saved(run)}
     assert {name.split("/")[0] for name in names} == {"step", "trainable", "opt_state", "rng"}
     assert all(name.endswith(("/a", "/b")) for name in names if name.startswith("trainable"))
@@ -93,13 +94,18 @@ def test_a_run_saves_adapters_only_and_goes_on_bit_by_bit(inputs, run, tmp_path,
     assert main(arguments(inputs, tmp_path / "again", 6)) == 0
     for (path, x), (_, y) in zip(saved(run), saved(tmp_path / "again"), strict=True):
         assert np.asarray(x).tobytes() == np.asarray(y).tobytes(), path
-    model = Path(shutil.copytree(inputs / "model", tmp_path / "model"))
+
+
+def test_a_base_that_is_no_longer_the_same_is_refused(inputs, run, tmp_path):
+    copy, model = (Path(shutil.copytree(inputs / name, tmp_path / name)) for name in ("run", "model"))
+    config = (copy / "config.json").read_text()
+    (copy / "config.json").write_text(config.replace(str(inputs / "model"), str(model)))
+    assert load_run(copy).step == 6
     weights = bytearray((model / "model.safetensors").read_bytes())
     weights[-2] ^= 1
     (model / "model.safetensors").write_bytes(weights)
-    capsys.readouterr()
-    assert main(arguments(inputs, tmp_path / "again", 9, **{"model.path": model})) == 2
-    assert "its weights are not those that this run began with" in capsys.readouterr().err
+    with pytest.raises(InputError, match="model: its weights are not those that this run began with"):
+        load_run(copy)
 
 
 def test_peft_and_transformers_say_what_the_run_says(inputs, run, tmp_path):
@@ -135,17 +141,21 @@ def test_peft_and_transformers_say_what_the_run_says(inputs, run, tmp_path):
 
 def test_the_adapter_of_peft_goes_on(inputs, run, tmp_path):
     assert main(["export", "--workdir", str(run), "--out", str(tmp_path / "adapter"), "--adapter"]) == 0
-    more = {"lora.init_from": tmp_path / "adapter"}
-    assert main(arguments(inputs, tmp_path / "next", 1, **more)) == 0
-    first = json.loads((tmp_path / "next" / "eval" / "0" / "summary.json").read_text())["heldout_loss"]["loss"]
+    loaded = load_run(run)
+    assert loaded.tuning.lora.rank == 4 and set(loaded.params) > {"lora", "embed"}
+    section = dataclasses.replace(loaded.config.lora, init_from=str(tmp_path / "adapter"))
+    tuning = make_tuning(dataclasses.replace(loaded.config, lora=section), loaded.model)
+    begun = tuning.divide(loaded.halves[1], seed=1)
+    jax.tree.map(np.testing.assert_array_equal, begun[0], loaded.halves[0])
+    assert begun[1] is loaded.halves[1]
+
+
+def test_a_saved_run_is_judged_as_it_was_when_it_ended(inputs, run, tmp_path):
     last = json.loads((run / "eval" / "6" / "summary.json").read_text())["heldout_loss"]["loss"]
-    assert abs(first - last) < 1e-5
     again = ["eval", "--config", str(run / "config.json"), "--workdir", str(run), "--out", str(tmp_path / "e")]
     assert main(again) == 0
     judged = json.loads((tmp_path / "e" / "summary.json").read_text())["heldout_loss"]["loss"]
     assert abs(judged - last) < 1e-6
-    loaded = load_run(run)
-    assert loaded.tuning.lora.rank == 4 and set(loaded.params) > {"lora", "embed"}
 
 
 def test_a_run_without_adapters_has_none_to_export(tmp_path, capsys):

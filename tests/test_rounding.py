@@ -67,6 +67,7 @@ CONFIG = ModelConfig(
     kinds=(LayerKind(),) * 2, max_length=16, init_std=0.1, tie_embeddings=True,
 )  # fmt: skip
 STEPS = 200
+QUICK = {"xla_backend_optimization_level": 0}  # compiling takes most of the time here
 
 
 def make_batch(step, rows=8, length=16):
@@ -78,45 +79,60 @@ def make_batch(step, rows=8, length=16):
     return Batch(ids[:, :-1], ids[:, 1:], ones.astype(np.float32), ones, positions)
 
 
-def train(section, param_dtype, steps=STEPS, rounding=False, begin=None):
-    """(losses, final state): float32 compute, so that only the weights' own rounding differs."""
-    mesh = make_mesh({}, jax.devices()[:1])
-    model = Model(CONFIG, "llama", param_dtype=param_dtype, mesh=mesh)
-    optimizer, schedule = make_optimizer(section, STEPS), make_schedule(section, STEPS)
-    step = make_train_step(make_sft(model, chunk=64), optimizer, schedule, mesh, stochastic_rounding=rounding)
-    if begin is None:
-        start = Model(CONFIG, "llama", mesh=mesh).init(jax.random.key(0))
-        state = init_state(model, jax.tree.map(lambda x: x.astype(param_dtype), start), optimizer, 0, mesh)
-    else:
-        state = jax.device_put(begin)
-    losses = []
-    for number in range(int(state.step), steps):
-        state, metrics = step(state, to_device(make_batch(number), mesh))
-        losses.append(float(metrics["loss"]))
-    return np.array(losses), state
+SECTION = OptimizerSection(learning_rate=1e-3, schedule="cosine", warmup=10)
+NARROW = dataclasses.replace(SECTION, moment_dtype="bfloat16", second_moment_dtype="bfloat16")
 
 
-def test_bfloat16_weights_follow_float32_weights():
-    section = OptimizerSection(learning_rate=1e-3, schedule="cosine", warmup=10)
-    exact, _ = train(section, "float32")
-    narrow = dataclasses.replace(section, moment_dtype="bfloat16", second_moment_dtype="bfloat16")
-    ours, state = train(narrow, "bfloat16", rounding=True)
+class Run:
+    """The model with weights of this dtype, its first state on the host and its compiled step: float32 compute, so that
+    only the weights' own rounding differs."""
+
+    def __init__(self, section, param_dtype, rounding=False):
+        self.mesh = make_mesh({}, jax.devices()[:1])
+        model = Model(CONFIG, "llama", param_dtype=param_dtype, mesh=self.mesh)
+        optimizer, schedule = make_optimizer(section, STEPS), make_schedule(section, STEPS)
+        step = make_train_step(make_sft(model, chunk=64), optimizer, schedule, self.mesh, stochastic_rounding=rounding)
+        start = Model(CONFIG, "llama", mesh=self.mesh).init(jax.random.key(0))
+        state = init_state(model, jax.tree.map(lambda x: x.astype(param_dtype), start), optimizer, 0, self.mesh)
+        self.step = step.lower(state, to_device(make_batch(0), self.mesh)).compile(compiler_options=QUICK)
+        self.shardings, self.state = jax.tree.map(lambda x: x.sharding, state), on_host(state)
+
+    def train(self, steps=STEPS, begin=None):
+        """(losses, state on the host) after so many steps in all."""
+        state = jax.device_put(self.state if begin is None else begin, self.shardings)
+        losses = []
+        for number in range(int(state.step), steps):
+            state, metrics = self.step(state, to_device(make_batch(number), self.mesh))
+            losses.append(float(metrics["loss"]))
+        return np.array(losses), on_host(state)
+
+
+def on_host(tree):
+    return jax.tree.map(lambda leaf: np.array(leaf, copy=True), tree)
+
+
+@pytest.fixture(scope="module")
+def rounded():
+    return Run(NARROW, "bfloat16", rounding=True)
+
+
+def test_bfloat16_weights_follow_float32_weights(rounded):
+    exact, _ = Run(SECTION, "float32").train()
+    ours, state = rounded.train()
     assert {leaf.dtype for leaf in jax.tree.leaves(state.trainable)} == {jnp.bfloat16.dtype}
     assert {leaf.dtype for leaf in jax.tree.leaves((state.opt_state.mu, state.opt_state.nu))} == {jnp.bfloat16.dtype}
-    nearest, _ = train(section, "bfloat16")
+    nearest, _ = Run(SECTION, "bfloat16").train()
     last = slice(-20, None)
     off = [abs(losses[last].mean() / exact[last].mean() - 1) for losses in (ours, nearest)]
     assert exact[last].mean() < 0.7 * exact[0]
     assert off[0] < 0.01 and off[1] > 0.02, off  # rounding to nearest loses the small updates
 
 
-def test_rounding_repeats_itself_and_goes_on():
-    section = OptimizerSection(learning_rate=1e-3, schedule="constant")
-    _, whole = train(section, "bfloat16", steps=6, rounding=True)
-    _, half = train(section, "bfloat16", steps=3, rounding=True)
-    half = jax.tree.map(np.asarray, half)
-    _, rest = train(section, "bfloat16", steps=6, rounding=True, begin=half)
-    jax.tree.map(np.testing.assert_array_equal, whole.trainable, rest.trainable)
+def test_rounding_repeats_itself_and_goes_on(rounded):
+    whole, half = rounded.train(6)[1], rounded.train(3)[1]
+    rest = rounded.train(6, begin=half)[1]
+    jax.tree.map(np.testing.assert_array_equal, whole, rest)
+    assert any(jax.tree.leaves(jax.tree.map(lambda a, b: not np.array_equal(a, b), whole.trainable, half.trainable)))
 
 
 def test_a_second_moment_dtype_that_an_optimizer_does_not_have_is_refused():

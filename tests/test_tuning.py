@@ -137,7 +137,7 @@ def test_patterns_that_freeze_nothing_or_all_are_refused(model, freeze, message)
 @pytest.mark.parametrize(
     ("rates", "message"),
     [
-        ({"embedd": 0.1, "lm_head": 1}, r"'embedd' decides about .*; the nearest path is embed/embedding"),
+        ({"embod": 0.1, "lm_head": 1}, r"'embod' decides about .*; the nearest path is embed/embedding"),
         ({"embed": 0.1, "embed/embedding": 1}, r"'embed/embedding' decides about no parameter that trains"),
         ({"embed": -1}, r"optimizer.rates\['embed'\] must be a number of at least 0, found -1"),
         ({"embed": "fast"}, r"must be a number of at least 0, found 'fast'"),
