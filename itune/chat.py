@@ -67,9 +67,7 @@ def load_speaker(folder: str) -> Speaker:
 
         run = load_run(folder, mesh=make_mesh({"fsdp": -1}))
         require_template(run.tokenizer)
-        source = find_folder(run.config.model.path, run.config.model.revision or None) / GENERATION
-        stops = stop_ids(read_json(source)) if source.is_file() else []
-        return Speaker(run.model, run.params, run.tokenizer, tuple(sorted({*stops, *run.tokenizer.stop_ids})))
+        return Speaker(run.model, run.params, run.tokenizer)
     tokenizer = load_tokenizer(folder)
     require_template(tokenizer)
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
