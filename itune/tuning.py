@@ -137,7 +137,7 @@ def _placed(abstract: Any, shardings: Any) -> Any:
 
 def _chosen(tree: Any, paths: set[str], prefix: str = "") -> Any:
     """The branches of a nested dict that lead to these paths."""
-    found = {}
+    found: dict[str, Any] = {}
     for name, node in tree.items():
         path = f"{prefix}{name}"
         if isinstance(node, dict):

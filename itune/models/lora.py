@@ -101,7 +101,7 @@ def abstract_adapters(model: Model, lora: Lora) -> Any:
 
 def adapter_axes(model: Model, lora: Lora) -> Any:
     """The same tree with a tuple of logical axis names a leaf: a side lies as that side of the kernel does."""
-    axes, tree = model.logical_axes(), {}
+    axes, tree = model.logical_axes(), dict[str, Any]()
     for path in targets(model, lora):
         *stack, outs, ins = functools.reduce(lambda node, name: node[name], path, axes)["kernel"]
         _put(tree, path, {"a": (*stack, "rank", ins), "b": (*stack, outs, "rank")})

@@ -109,7 +109,7 @@ def _modules(model: Model, lora: Lora) -> dict[tuple[str, ...], list[str]]:
 
 def _wanted(model: Model, lora: Lora) -> dict[str, tuple[int, ...]]:
     """Tensor name -> shape."""
-    kernels, wanted = targets(model, lora), {}
+    kernels, wanted = targets(model, lora), dict[str, tuple[int, ...]]()
     for path, modules in _modules(model, lora).items():
         kernel = kernels[path]
         outs, ins = kernel.shape[len(stack_shape(model, "/".join((*path, "kernel")), kernel)) :]
