@@ -21,16 +21,68 @@ def get_config() -> ConfigDict:
     c.data.eval = ""  # the same, for held-out items that stand in files of their own
     c.data.format = "auto"  # auto | messages | sharegpt | alpaca | prompt_completion
     c.data.fields = {}  # field map, ours -> theirs: {"prompt": "question", "completion": "answer"}
+    c.data.limit = 0  # rows read from each source, 0 is all
+    c.data.source_field = ""  # field that names a row's source, for files that hold several; "" takes the file's name
+    c.data.category_field = "category"  # field that labels a row's category; other taxonomies' labels are mapped
+    c.data.categories = {}  # source name -> category of its rows without a label; the others go by rules
+    c.data.group_field = ""  # field with the annotator, or the annotator's group: coverage, and with a rating agreement
+    c.data.rating_field = ""  # field with what an annotator answered, where several answered the same prompt
+
     c.data.held_out_by = ""  # field whose values are the groups to split by (a task); "" splits by conversation
     c.data.held_out_share = 0.0  # share of the groups held out of data.train for evaluation
-    c.data.novel_min = 0  # fail when fewer held-out items remain
+    c.data.novel_min = 0  # fail when fewer different held-out prompts remain
+    c.data.overlap_grams = 0.5  # a prompt matches a held-out one that shares over this share of its words in 8-grams
+    c.data.overlap_cosine = 0.8  # or whose character n-grams have at least this TF-IDF cosine; 1 turns either off
+    c.data.overlap_removes = "train"  # what goes where they match: train | held_out
+    c.data.benchmarks = ""  # files of benchmarks that are not evaluated here but must not be trained on: name -> file
+
+    c.data.quality = ConfigDict()  # each filter: off | keep (count, list) | drop; contradiction also: majority
+    c.data.quality.exact_duplicate = "keep"  # the same text, case and spaces aside
+    c.data.quality.near_duplicate = "keep"  # similar texts, see data.near_duplicate
+    c.data.quality.contradiction = "keep"  # same question, incompatible answers; majority keeps the most frequent one
+    c.data.quality.empty = "keep"  # an answer without content
+    c.data.quality.placeholder = "keep"  # "TODO", "[insert answer here]"
+    c.data.quality.refusal = "keep"  # the answer declines
+    c.data.quality.truncated = "keep"  # the answer stops in the middle
+    c.data.quality.script = "keep"  # the answer is in another script than the question
+    c.data.quality.language = "keep"  # the answer is in another language of Latin script
+    c.data.quality.missing_input = "keep"  # the question speaks of a text that is not there
+    c.data.quality.echo = "keep"  # the answer repeats the question
+    c.data.quality.secret = "keep"  # keys, tokens and passwords, by pattern
+    c.data.quality.personal = "keep"  # e-mail addresses, telephone, card and account numbers, by pattern
+    c.data.quality.predicate = "drop"  # what data.predicate does not keep
+    c.data.near_duplicate = 0.7  # Jaccard similarity of character 5-grams from which two texts are near duplicates
+    c.data.predicate = ""  # your own filter, package.module:function: Conversation -> True, or False or a reason
+
+    c.data.limits = ConfigDict()  # a run fails before it starts where the data go beyond one of these
+    c.data.limits.duplicates = 1.0  # highest share of rows that repeat another, exactly or nearly
+    c.data.limits.contradictions = 1.0  # highest share of rows that contradict another
+    c.data.limits.broken = 1.0  # highest share of rows with any of the eight broken kinds, empty to echo
+    c.data.limits.secrets = 1.0  # highest share of rows with a secret; 0.0 allows none
+    c.data.limits.personal = 1.0  # highest share of rows with personal data
+    c.data.limits.contamination = 1.0  # highest share of training rows that match a held-out item or a benchmark
+    c.data.limits.dropped = 1.0  # highest share of rows left out, for whatever reason; held-out rows do not count
+    c.data.limits.lost_tokens = 1.0  # highest share of tokens lost to data.max_length
+    c.data.limits.unknown_category = 1.0  # highest share of rows whose category nothing tells
+    c.data.limits.supervised = 0.0  # lowest share of tokens that carry weight
+    c.data.limits.examples = 0  # lowest number of examples to train on
+    c.data.limits.effective_groups = 0.0  # lowest effective number of data.group_field's groups
+
     c.data.max_length = 1024  # tokens a row
-    c.data.overlong = "drop"  # conversations over max_length: drop | truncate; always counted
+    # over max_length: drop | truncate (oldest turns first, then the end of the answer) | split (by turns into several)
+    c.data.overlong = "drop"
     c.data.packing = True  # several examples a row, kept apart by segment ids
     c.data.chat_template = ""  # name (chatml, llama3) or file, for a model that has none; "" is the tokenizer's own
     c.data.train_on = "assistant"  # assistant: all its turns | last: its last turn | all: every turn
-    c.data.mixture = {}  # source name -> weight; {} takes every row of every source once an epoch
-    c.data.limit = 0  # rows read from each source, 0 is all
+
+    c.data.source_weights = {}  # source name -> factor of its loss weights; a message's own "weight" counts as well
+    c.data.mixture = {}  # source name -> share of an epoch's draws; {} takes every row of every source once
+    c.data.counts = {}  # source name -> draws an epoch: a whole number of rows, or a float of passes over the source
+    c.data.cap = 0  # no source counts for more rows than this; 0 is off
+    c.data.temperature = 0.0  # shares go by rows ** (1 / T): 1 is proportional, large is even; 0 is off
+    c.data.balance = {}  # category -> share of an epoch's draws; categories that are not named are left out
+    c.data.max_repeats = 0.0  # no source is drawn more than so many times over an epoch; 0 is off
+    c.data.draws = 0  # examples drawn an epoch; 0 takes as many as there are
     c.data.cache_dir = ""  # where tokenised data is kept; "" is the user's cache folder
 
     c.loss = ConfigDict()

@@ -132,12 +132,24 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _data(arguments: argparse.Namespace) -> int:
-    from itune.data import show
+    from itune.data import report, show
 
     config = _config(arguments)
+    if arguments.action == "score":
+        from itune.saved_run import score_data
+
+        return _finish(arguments, score_data(
+            config, workdir=arguments.workdir, step=arguments.step, model_folder=arguments.model, out=arguments.out,
+            limit=arguments.limit,
+        ))
+    if arguments.action in ("report", "split"):
+        return _finish(arguments, getattr(report, arguments.action)(config, arguments.out))
     if arguments.action == "stats":
         return _finish(arguments, show.stats(config))
-    return _finish(arguments, show.show(config, index=arguments.index, source=arguments.source, limit=arguments.limit))
+    return _finish(arguments, show.show(
+        config, index=arguments.index, source=arguments.source, limit=arguments.limit, random=arguments.random,
+        worst=arguments.worst,
+    ))
 
 
 VERBS = {

@@ -1,7 +1,7 @@
 """Config files: ConfigDict in a Python file -> overrides -> frozen dataclasses, strict, with suggestions.
 
 A recipe is Python and runs when it is loaded: load only recipes that you trust. `configs/default.py` holds every key
-once with its unit and meaning; the dataclasses below hold each key's type and range.
+once with its unit and meaning; the dataclasses here and in `data_section.py` hold each key's type and range.
 """
 
 from __future__ import annotations
@@ -18,18 +18,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from itune.data_section import DataSection
+from itune.data_section import key as _key
 from itune.types import InputError
-
-
-def _key(
-    default: Any, unit: str = "", low: float | None = None, high: float | None = None, low_open: bool = False
-) -> Any:
-    """A field with its unit and range; `low_open` excludes the lower end."""
-    meta = {"unit": unit, "low": low, "high": high, "low_open": low_open}
-    if isinstance(default, dict):
-        return dataclasses.field(default_factory=lambda: dict(default), metadata=meta)
-    return dataclasses.field(default=default, metadata=meta)
-
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -41,25 +32,6 @@ class ModelSection:
     param_dtype: Dtype = _key("float32", "dtype")
     compute_dtype: Dtype = _key("float32", "dtype")
     attention: Literal["auto", "xla", "cudnn", "pallas", "splash"] = _key("auto", "backend")
-
-
-@dataclasses.dataclass(frozen=True)
-class DataSection:
-    train: str | tuple | dict = _key("", "file, folder, glob, dataset id, or several")
-    eval: str | tuple | dict = _key("", "like data.train")
-    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion"] = _key("auto", "name")
-    fields: dict = _key({}, "ours -> theirs")
-    held_out_by: str = _key("", "field of a row")
-    held_out_share: float = _key(0.0, "share of groups", 0.0, 0.9)
-    novel_min: int = _key(0, "items", 0)
-    max_length: int = _key(1024, "tokens", 8)
-    overlong: Literal["drop", "truncate"] = _key("drop", "policy")
-    packing: bool = _key(True, "yes or no")
-    chat_template: str = _key("", "name or file")
-    train_on: Literal["assistant", "last", "all"] = _key("assistant", "which turns")
-    mixture: dict = _key({}, "source -> weight")
-    limit: int = _key(0, "rows a source", 0)
-    cache_dir: str = _key("", "folder")
 
 
 @dataclasses.dataclass(frozen=True)

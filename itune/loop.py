@@ -356,11 +356,9 @@ class Run:
     def _write_facts(self) -> None:
         if self.first:
             self.environment = environment()
-            for name, facts in (("config.json", self.config.to_dict()), ("environment.json", self.environment),
-                                ("data/report.json", self.data.dataset.report)):
+            for name, facts in (("config.json", self.config.to_dict()), ("environment.json", self.environment)):
                 write_atomically(self.workdir / name, json.dumps(facts, indent=1, default=str) + "\n")
-            rejects = "".join(json.dumps(row) + "\n" for row in self.data.dataset.rejects())
-            write_atomically(self.workdir / "data" / "rejects.jsonl", rejects)
+            self.data.dataset.write_record(self.workdir / "data", self.config.data)
 
     def facts(self, wait: bool = True) -> dict[str, Any]:
         """What a crash record says about this run, once a save that was under way has ended."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -115,6 +116,49 @@ def evaluate_saved(
     return results
 
 
+def score_data(
+    config: Config, *, workdir: str | None = None, step: int | None = None, model_folder: str | None = None,
+    out: str | None = None, limit: int = 10,
+) -> dict[str, Any]:
+    """Score the training examples with a tuned model and print the `limit` most suspicious; returns the summary.
+
+    All stand in `data_scores.jsonl` of `out`, the most suspicious first. Says so where the model was never tuned: its
+    order is then chance.
+    """
+    config = dataclasses.replace(config, evaluators=("data_scores",))
+    untuned = _untuned(config, workdir, step, model_folder)
+    folder = Path(out) if out else _items_folder(workdir, step, model_folder)
+    results = evaluate_saved(config, workdir=workdir, step=step, model_folder=model_folder, out=str(folder))
+    path = folder / "data_scores.jsonl"
+    with open(path, encoding="utf-8") as lines:
+        worst = [json.loads(line) for line, _ in zip(lines, range(limit))]
+    for item in worst:
+        print(f"{item['suspicion']:.3f}  {item['address']}  loss {item['loss']:.2f} (alone {item['alone']:.2f}), "
+              f"least likely token {item['min_p']:.2g}")
+    print(f"all of them, the most suspicious first: {path}; to read them: itune data show --worst {path}")
+    if untuned:
+        print(f"warning: {untuned}, so that the order says no more than chance; tune on these data first")
+    return {**results["data_scores"], "file": str(path), "warning": untuned}
+
+
+def _items_folder(workdir: str | None, step: int | None, model_folder: str | None) -> Path:
+    if workdir is None:
+        return Path(f"eval-{Path(str(model_folder)).name}")
+    found = step if step is not None else Store(Path(workdir) / "checkpoints", log=lambda _: None).newest_good()
+    return Path(workdir) / "eval" / str(found)
+
+
+def _untuned(config: Config, workdir: str | None, step: int | None, model_folder: str | None) -> str:
+    """Why this model counts as never tuned, or ""."""
+    if workdir is not None:
+        return f"step {step} of {workdir} is the model before tuning" if step == 0 else ""
+    if str(model_folder) == config.model.path:
+        return f"{model_folder} is the model that tuning starts from"
+    if not (Path(str(model_folder)) / "itune_proof.json").is_file():
+        return f"{model_folder} has no itune_proof.json of a tuned model and may be one that was never tuned"
+    return ""
+
+
 def _load(config: Config, path: str, revision: str, mesh: Mesh, like: Judged | None = None) -> Judged:
     """The model of a folder or hub id with its own tokenizer, or with tokenizer and questions of another."""
     from itune.data.templates import load_tokenizer
@@ -126,11 +170,11 @@ def _load(config: Config, path: str, revision: str, mesh: Mesh, like: Judged | N
 
 
 def _questions(config: Config, tokenizer: Any) -> Any:
-    """The data of the config, where any evaluator judges by them; None where all bring their own questions."""
+    """The data of the config, where any evaluator reads them; None where all bring their own questions."""
     from itune.data.dataset import prepare
 
     found = [evaluators.find_evaluator(name)(config) for name in config.evaluators]
-    if not any(getattr(one, "needs_held_out", True) for one in found):
+    if not any(getattr(one, "needs_held_out", True) or getattr(one, "needs_data", False) for one in found):
         return None
     if not config.data.train:
         raise InputError("config: data.train is empty; set it to a file, a folder or a dataset id")

@@ -54,6 +54,7 @@ def prepare_data(config: Config, log: Log) -> Data:
     """Read, render, pack; says what is kept and what is dropped. Touches no device and reads no weights."""
     from itune.data.dataset import prepare
     from itune.data.loader import Loader
+    from itune.data.mixture import Mixture
     from itune.data.templates import load_tokenizer
 
     if not config.model.path:
@@ -65,8 +66,9 @@ def prepare_data(config: Config, log: Log) -> Data:
     loader = Loader(
         dataset.train, batch_size=config.train.batch_size, max_length=config.data.max_length,
         packing=config.data.packing, seed=config.seed, epochs=config.train.epochs, max_steps=config.train.max_steps,
-        mixture=config.data.mixture,
+        mixture=Mixture.of(config.data),
     )
+    dataset.report["mixture"] = loader.realised()
     log(
         f"plan: {loader.total_steps} steps ({loader.steps_per_epoch} an epoch), {config.train.batch_size} rows of "
         f"{config.data.max_length} tokens a step, packing efficiency {loader.efficiency:.1%}"

@@ -53,11 +53,7 @@ def build_parser(version: str) -> Parser:
     sub = _verb(verbs, "eval", "judge a checkpoint or a model folder on held-out items",
                 "itune eval --config runs/x/config.json --workdir runs/x")
     _config(sub)
-    which = sub.add_mutually_exclusive_group(required=True)
-    which.add_argument("--workdir", metavar="DIR", help="a run directory")
-    which.add_argument("--model", metavar="FOLDER", help="a model folder or hub id")
-    sub.add_argument("--step", type=int, metavar="N", help="checkpoint of this step (default: the newest)")
-    sub.add_argument("--out", metavar="DIR", help="where the items go (default: the run's eval folder, or eval-MODEL)")
+    _judged(sub)
     sub.add_argument("--base", action="store_true", help="judge the base model (model.path) too and compare in pairs")
     sub.add_argument("--lm-eval", metavar="TASK[,TASK]", help="run tasks of lm-evaluation-harness instead")
     sub.add_argument("--lm-eval-path", metavar="DIR", help="a folder with task files of your own")
@@ -102,12 +98,42 @@ def build_parser(version: str) -> Parser:
     sub.add_argument("--index", type=int, metavar="I", help="one example by its number")
     sub.add_argument("--source", metavar="NAME", help="examples of this source only")
     sub.add_argument("--limit", type=int, default=3, metavar="N", help="how many examples (default 3)")
+    sub.add_argument("--random", type=int, metavar="SEED", help="examples drawn at random with this seed")
+    sub.add_argument("--worst", metavar="SCORES", help="worst first, by the scores.jsonl of itune data score")
     _json(sub)
     sub = _verb(actions, "stats", "lengths, drops with reasons, packing efficiency, steps per epoch",
                 f"itune data stats {arguments}")
     _config(sub)
     _json(sub)
+    sub = _verb(actions, "report", "a page: rows in and out with reasons, lengths, quality, balance, what is held out",
+                f"itune data report {arguments} --out data-report")
+    _config(sub)
+    _out(sub, "data-report")
+    _json(sub)
+    sub = _verb(actions, "split", "files to train on and to judge by, with the proof that they share nothing",
+                "itune data split --config sft --config.data.train=my.jsonl --config.data.held_out_share=0.1")
+    _config(sub)
+    _out(sub, "data-split")
+    _json(sub)
+    sub = _verb(actions, "score", "rank the training examples by how little a tuned model expects their answers",
+                "itune data score --config runs/x/config.json --workdir runs/x")
+    _config(sub)
+    _judged(sub)
+    sub.add_argument("--limit", type=int, default=10, metavar="N", help="how many of the worst to print (default 10)")
+    _json(sub)
     return parser
+
+
+def _judged(sub: Parser) -> None:
+    which = sub.add_mutually_exclusive_group(required=True)
+    which.add_argument("--workdir", metavar="DIR", help="a run directory")
+    which.add_argument("--model", metavar="FOLDER", help="a model folder or hub id")
+    sub.add_argument("--step", type=int, metavar="N", help="checkpoint of this step (default: the newest)")
+    sub.add_argument("--out", metavar="DIR", help="where the items go (default: the run's eval folder, or eval-MODEL)")
+
+
+def _out(sub: Parser, default: str) -> None:
+    sub.add_argument("--out", default=default, metavar="DIR", help=f"where the files go (default: {default})")
 
 
 def _verb(parent: Any, name: str, summary: str, example: str) -> Parser:

@@ -52,7 +52,10 @@ def refused(capsys, code: int, expected_code: int, *patterns: str) -> None:
         assert re.search(pattern, error), error
 
 
-@pytest.mark.parametrize("verb", [*[[verb] for verb in VERBS], ["data", "show"], ["data", "stats"]])
+DATA = ("show", "stats", "report", "split", "score")
+
+
+@pytest.mark.parametrize("verb", [*[[verb] for verb in VERBS], *(["data", name] for name in DATA)])
 def test_help_fits_a_screen_and_gives_an_example(verb, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*verb, "--help"])
@@ -138,3 +141,32 @@ def test_workdir_of_another_config_shows_the_difference(model, tmp_path, capsys)
     capsys.readouterr()
     code = train(model, data, tmp_path / "run", "--config.train.max_steps=1", "--config.seed=5")
     refused(capsys, code, 2, "seed")
+
+
+def test_data_verbs_from_files_to_a_ranked_list(model, tmp_path, capsys):
+    """report, split, score and show on one file; a model that was never tuned is named as such."""
+    path = rows(tmp_path / "d.jsonl", *({"prompt": f"Say {word} {i}", "completion": f"{word} {i}", "task": word}
+                                        for i, word in enumerate(["ash", "birch", "cedar", "dill"] * 6)))  # fmt: skip
+    keys = ["--config", "default", f"--config.model.path={model}", f"--config.data.train={path}",
+            "--config.data.max_length=64", "--config.data.overlap_cosine=1"]  # fmt: skip
+    held = ["--config.data.held_out_by=task", "--config.data.held_out_share=0.3"]
+    out, parts, scores = tmp_path / "out", tmp_path / "parts", tmp_path / "scores"
+    assert main(["data", "report", *keys, *held, "--out", str(out), "--json", str(tmp_path / "r.json")]) == 0
+    assert json.loads((tmp_path / "r.json").read_text())["rows"] == 24 and (out / "report.html").is_file()
+    assert main(["data", "report", *keys, "--config.data.limits.examples=99", "--out", str(out)]) == 1
+    assert "data.limits.examples: 24, expected at least 99" in capsys.readouterr().err
+    assert main(["data", "split", *keys, *held, "--out", str(parts)]) == 0
+    kept = [len((parts / name).read_text().splitlines()) for name in ("train.jsonl", "eval.jsonl")]
+    assert sum(kept) == 24 and min(kept) >= 6
+    assert main(["data", "score", *keys, "--model", str(model), "--out", str(scores), "--limit", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "is the model that tuning starts from, so that the order says no more than chance" in said
+    items = [json.loads(line) for line in (scores / "data_scores.jsonl").read_text().splitlines()]
+    assert len(items) == 24 and items[0]["suspicion"] >= items[-1]["suspicion"] and items[0]["address"] in said
+    assert main(["data", "show", *keys, "--worst", str(scores / "data_scores.jsonl"), "--limit", "1"]) == 0
+    assert f"--- {items[0]['address']}" in capsys.readouterr().out
+    assert main(["data", "show", *keys, "--random", "5", "--limit", "2"]) == 0
+    shown = re.findall(r"--- .*jsonl:(\d+)", capsys.readouterr().out)
+    assert len(shown) == 2 and main(["data", "show", *keys, "--random", "5", "--limit", "2"]) == 0
+    assert re.findall(r"--- .*jsonl:(\d+)", capsys.readouterr().out) == shown
+    refused(capsys, main(["data", "show", *keys, "--worst", str(path)]), 2, r"d\.jsonl:1: no address and suspicion")

@@ -180,7 +180,7 @@ def _check(available: Mapping[str, float], given: Mapping[str, float], what: str
             raise InputError(f"mixture {what}: {name} has {value!r}; expected a number of at least 0")
 
 
-def pick(groups: Sequence[Hashable], draws: Mapping[Any, int], seed: int) -> np.ndarray:
+def pick(groups: Sequence[Hashable], draws: Mapping[Any, int], seed: int | Sequence[int]) -> np.ndarray:
     """Row indices to draw, int64, group by group: whole passes over a group, then a random part of it without repeats.
 
     No row of a group is drawn twice more often than another. Depends on seed, group names and the order of rows only.
@@ -193,7 +193,7 @@ def pick(groups: Sequence[Hashable], draws: Mapping[Any, int], seed: int) -> np.
         rows = np.array(members.get(name, []), np.int64)
         if draws[name] and not len(rows):
             raise InputError(f"mixture: {name} has no rows, and {draws[name]} draws are planned")
-        rng = np.random.default_rng([seed, zlib.crc32(str(name).encode())])
+        rng = np.random.default_rng([*np.atleast_1d(seed).tolist(), zlib.crc32(str(name).encode())])
         passes, rest = divmod(draws[name], max(1, len(rows)))
         chosen += [rows] * passes + [np.sort(rng.permutation(rows)[:rest])]
     return np.concatenate(chosen)

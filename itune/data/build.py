@@ -2,169 +2,184 @@
 
 from __future__ import annotations
 
-import itertools
+import dataclasses
+import difflib
 import json
 import os
 import shutil
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from itune.data.formats import check_fields, convert, detect_format
-from itune.data.render import render_many, truncated
-from itune.data.sources import Row, Source
-from itune.data.split import Leaks, Split, hold_out
-from itune.data.store import Writer, conversation_to_json, hash_of
+import numpy as np
+
+from itune.data import findings as found_in
+from itune.data.categories import CATEGORIES
+from itune.data.census import Census, describe
+from itune.data.findings import Finding, finding
+from itune.data.overlong import Part, fit
+from itune.data.render import render_many
+from itune.data.selection import clear, select
+from itune.data.sources import Source
+from itune.data.store import ExampleStore, Writer, conversation_to_json, hash_of, read_store
 from itune.data.templates import Tokenizer
-from itune.types import Address, Conversation, Example, InputError, Message
+from itune.types import Conversation, InputError, Message
 
 CHUNK = 256  # conversations that are encoded as one batch
-
-
-def conversations(section: Any, sources: list[Source]) -> Iterator[Conversation]:
-    """Every row of the sources as a conversation, each source in its own format, at most `limit` rows of each."""
-    check_fields(section.fields)
-    for source in sources:
-        rows = source.rows()
-        first = list(itertools.islice(rows, 8))
-        if not first:
-            raise InputError(f"{source.spec}: no rows; expected at least one")
-        name = section.format if section.format != "auto" else detect_format(first, section.fields)
-        all_rows: Iterator[Row] = itertools.chain(first, rows)
-        for row in itertools.islice(all_rows, section.limit or None):
-            yield convert(row, name, section.fields)
 
 
 def build(folder: Path, section: Any, sources: list[Source], eval_sources: list[Source], tokenizer: Tokenizer,
           seed: int, inputs: Mapping[str, Any], log: Callable[[str], None]) -> None:  # fmt: skip
     """Write a cache folder under another name, then give it its own: it is whole or absent.
 
-    `inputs` is what the fingerprint covers. Raises InputError for bad input with its address, and where fewer held-out
-    prompts remain than `novel_min`.
+    `inputs` is what the fingerprint covers. Raises InputError for bad input with its address.
     """
     started = time.monotonic()
     temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.writing-", dir=folder.parent))
     try:
-        split = Split(section.held_out_by, section.held_out_share, seed) if section.held_out_share else None
-        held, proof = hold_out(lambda: conversations(section, sources), conversations(section, eval_sources), split)
-        leaks = Leaks(held, proof)
-        with open(temporary / "rejects.jsonl", "w", encoding="utf-8") as rejects:
-            part = _Part(temporary / "held_out", section, tokenizer, rejects, keep=temporary / "held_out.jsonl")
-            for conversation in held:
-                part.add(conversation)
-            held_report, held_digest = part.close()
-            prompts = Leaks(part.kept, {}).proof["held_out_prompts"]
-            proof |= {"items": held_report["kept"], "prompts": prompts}
-            if prompts < section.novel_min:
-                raise InputError(f"data.novel_min: {prompts} different held-out prompts remain; expected at least "
-                                 f"{section.novel_min}; raise data.held_out_share or add data.eval")
-            part = _Part(temporary / "train", section, tokenizer, rejects)
-            for conversation in conversations(section, sources):
-                if split is not None and split.holds_out(conversation):
-                    part.count(conversation, "held out")
-                elif leaks.found_in(conversation):
-                    part.drop(conversation.address, "asks what a held-out item asks")
-                else:
-                    part.add(conversation)
-            report, digest = part.close()
-        report |= {"held_out": proof | {"report": held_report}, "inputs": dict(inputs)}
-        fingerprint = hash_of({**inputs, "train": digest, "held_out": held_digest})
-        (temporary / "dataset.json").write_text(json.dumps({"report": report, "fingerprint": fingerprint}))
+        report = _build(temporary, section, sources, eval_sources, tokenizer, seed, inputs)
         if folder.exists():
             shutil.rmtree(folder)
         os.rename(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     drops = ", ".join(f"{count:,} {reason}" for reason, count in report["dropped"].items()) or "none"
-    log(f"data: {report['rows']:,} rows -> {report['kept']:,} examples, {report['tokens']:,} tokens "
+    log(f"data: {report['rows']:,} rows -> {report['examples']:,} examples, {report['tokens']:,} tokens "
         f"({report['supervised_tokens']:,} supervised), left out: {drops}; {time.monotonic() - started:.1f} s")
 
 
-class _Part:
-    """Renders conversations chunk by chunk into a store, and counts. With `keep`, the conversations are stored too."""
+def _build(folder: Path, section: Any, sources: list[Source], eval_sources: list[Source], tokenizer: Tokenizer,
+           seed: int, inputs: Mapping[str, Any]) -> dict[str, Any]:  # fmt: skip
+    chosen = select(section, sources, eval_sources, seed)
+    rows, gone = chosen.rows, set(chosen.quality.dropped)
+    census, held_census = Census(), Census()
+    census.add_rows(rows)
+    census.add_held_out(chosen.split["from_training_sources"])
+    rendered = _Rendering(folder / "rendered", section, tokenizer, census, section.overlong)
+    rendered.add(rows, [index for index in range(len(rows)) if index not in gone])
+    held_census.add_rows(chosen.held)
+    policy = "drop" if section.overlong == "drop" else "truncate"  # an item to judge by is never split
+    held = _Rendering(folder / "rendered_held_out", section, tokenizer, held_census, policy, keep=True)
+    held.add(chosen.held, range(len(chosen.held)))
 
-    def __init__(self, folder: Path, section: Any, tokenizer: Tokenizer, rejects: Any, keep: Path | None = None):
-        self._writer, self._section, self._tokenizer, self._rejects = Writer(folder), section, tokenizer, rejects
-        self._waiting: list[Conversation] = []
-        self._keep = open(keep, "w", encoding="utf-8") if keep else None  # noqa: SIM115 (closed by close())
-        self.kept: list[Conversation] = []
-        self._sources: dict[str, Counter[str]] = {}
-        self._dropped: Counter[str] = Counter()
-        self._notes: Counter[str] = Counter()
+    known = sorted(set(rendered.row_of_example))
+    cleared = clear(section, [rows[index] for index in known], [part.conversation for part in held.kept])
+    kept = {known[index] for index in cleared.train}
+    removed = [dataclasses.replace(found, index=known[found.index])
+               for found in cleared.findings if found.filter != "held_out"]  # fmt: skip
+    removed_items = [dataclasses.replace(found, index=held.row_of_example[found.index])
+                     for found in cleared.findings if found.filter == "held_out"]  # fmt: skip
+    train = rendered.finish(folder / "train", [row in kept for row in rendered.row_of_example],
+                            [CATEGORIES.index(category.name) for category in chosen.categories])  # fmt: skip
+    left = set(cleared.held)
+    items = held.finish(folder / "held_out", [place in left for place in range(len(held.kept))])
+    with open(folder / "held_out.jsonl", "w", encoding="utf-8") as lines:
+        for place in sorted(left):
+            lines.write(json.dumps(conversation_to_json(held.kept[place].conversation)) + "\n")
 
-    def count(self, conversation: Conversation, what: str) -> None:
-        counts = self._sources.setdefault(conversation.address.source, Counter())
-        counts["rows"] += 1
-        counts[what] += 1
+    dropped = gone | {found.index for found in (*rendered.findings, *removed)}
+    later = [*rendered.findings, *removed]
+    census.add_drops(rows, dropped, [*chosen.quality.deciding, *later])
+    census.add_examples(train)
+    lost = [*held.findings, *removed_items]
+    held_census.add_drops(chosen.held, {found.index for found in lost}, lost)
+    held_census.add_examples(items)
+    found_in.write_findings(folder / "findings.jsonl", [*chosen.quality.findings, *later], dropped)
+    found_in.write_rejects(folder / "rejects.jsonl", rows, dropped, [*chosen.quality.deciding, *later])
+    found_in.write_rejects(folder / "rejects.jsonl", chosen.held, {f.index for f in lost}, lost, append=True)
+    (folder / "heldout_proof.json").write_text(json.dumps(chosen.split | cleared.proof, indent=1) + "\n")
 
-    def drop(self, address: Address, reason: str) -> None:
-        counts = self._sources.setdefault(address.source, Counter())
-        counts["rows"] += 1
-        self._reject(address, reason)
+    summary = {name: value for name, value in cleared.proof.items() if name not in ("items", "novel_min", "removed")}
+    held_out = chosen.split | summary | {
+        "items": len(items), "prompts": cleared.proof["novel_prompts"], "report": held_census.report(),
+        "training_rows_compared": len(known), "training_rows_removed": len(removed),
+        "removed": [found.address for found in removed[:1000]], "removed_by": cleared.proof["removed"]["reasons"],
+    }  # fmt: skip
+    report = census.report() | describe(section, chosen, train, dropped) | {
+        "held_out": held_out, "benchmarks": cleared.benchmarks, "inputs": dict(inputs),
+    }  # fmt: skip
+    digests = {"train": train.fingerprint, "held_out": items.fingerprint}
+    fingerprint = hash_of({**inputs, **digests})
+    (folder / "dataset.json").write_text(json.dumps({"report": report, "fingerprint": fingerprint}))
+    return report
 
-    def add(self, conversation: Conversation) -> None:
-        if any(_is_empty_turn(message) for message in conversation.messages):
-            self.drop(conversation.address, "empty assistant turn")
+
+class _Rendering:
+    """Renders rows chunk by chunk into a store on disk; `row_of_example` tells the row of each example.
+
+    With `keep`, the conversations of the examples stay in memory, in `kept`.
+    """
+
+    def __init__(self, folder: Path, section: Any, tokenizer: Tokenizer, census: Census, policy: str,
+                 keep: bool = False):  # fmt: skip
+        self._folder, self._section, self._tokenizer, self._policy = folder, section, tokenizer, policy
+        self._census, self._writer, self._keep = census, Writer(folder), keep
+        self.row_of_example: list[int] = []
+        self.kept: list[Part] = []
+        self.findings: list[Finding] = []
+
+    def add(self, rows: Sequence[Conversation], chosen: Sequence[int]) -> None:
+        """Render the chosen rows; those that cannot be trained on become findings. Raises InputError at a bad row."""
+        factors = _factors(self._section.source_weights, rows)
+        waiting: list[int] = []
+        for index in chosen:
+            if any(_is_empty_turn(message) for message in rows[index].messages):
+                self.findings.append(finding("empty_turn", "empty assistant turn", index, rows[index]))
+            else:
+                waiting.append(index)
+        for first in range(0, len(waiting), CHUNK):
+            part = waiting[first : first + CHUNK]
+            outcomes = render_many([rows[index] for index in part], self._tokenizer, self._section.train_on)
+            for index, outcome in zip(part, outcomes):
+                if outcome.error is not None:
+                    raise outcome.error
+                assert outcome.example is not None
+                self._census.notes.update(outcome.notes)
+                self._fit(index, Part(rows[index], outcome.example), factors)
+        self._writer.close()
+
+    def finish(self, folder: Path, keep: Sequence[bool], categories: Sequence[int] = ()) -> ExampleStore:
+        """The store of the examples to keep; the one rendered first goes. `categories` has the category of each row."""
+        writer, store = Writer(folder), read_store(self._folder)
+        for place in np.flatnonzero(np.asarray(keep, bool)).tolist():
+            writer.add(store[place], categories[self.row_of_example[place]] if categories else -1)
+        writer.close()
+        shutil.rmtree(self._folder)
+        return read_store(folder)
+
+    def _fit(self, index: int, whole: Part, factors: Mapping[str, float]) -> None:
+        section, source = self._section, whole.conversation.address.source
+        fitted = fit(*whole, self._tokenizer, section.max_length, self._policy, section.train_on)
+        if not fitted.parts:
+            self.findings.append(finding("overlong", fitted.reason, index, whole.conversation))
             return
-        self._sources.setdefault(conversation.address.source, Counter())["rows"] += 1
-        self._waiting.append(conversation)
-        if len(self._waiting) >= CHUNK:
-            self._flush()
+        if fitted.parts[0] is not whole and len(whole.example.token_ids) > section.max_length:
+            self._census.add_cut(source, len(fitted.parts), fitted.lost_tokens, fitted.lost_targets)
+        for part in fitted.parts:
+            example = part.example
+            if factors.get(source, 1.0) != 1.0:
+                weights = example.loss_weights * np.float32(factors[source])
+                example = dataclasses.replace(example, loss_weights=weights)
+            self._writer.add(example)
+            self.row_of_example.append(index)
+            if self._keep:
+                self.kept.append(part)
 
-    def close(self) -> tuple[dict[str, Any], str]:
-        """(report, digest of the examples)."""
-        self._flush()
-        digest = self._writer.close()
-        if self._keep:
-            self._keep.close()
-        totals: Counter[str] = Counter()
-        for counts in self._sources.values():
-            totals.update(counts)
-        names = ("rows", "kept", "truncated", "truncated_tokens", "tokens", "supervised_tokens")
-        report: dict[str, Any] = {name: totals[name] for name in names}
-        report |= {"dropped": dict(self._dropped), "notes": dict(self._notes),
-                   "sources": {name: dict(counts) for name, counts in self._sources.items()}}  # fmt: skip
-        return report, digest
 
-    def _flush(self) -> None:
-        outcomes = render_many(self._waiting, self._tokenizer, self._section.train_on)
-        for conversation, outcome in zip(self._waiting, outcomes):
-            if outcome.error is not None:
-                raise outcome.error
-            assert outcome.example is not None
-            self._notes.update(outcome.notes)
-            self._finish(conversation, outcome.example)
-        self._waiting = []
-
-    def _finish(self, conversation: Conversation, example: Example) -> None:
-        counts = self._sources[conversation.address.source]
-        limit = self._section.max_length
-        if len(example.token_ids) > limit:
-            if self._section.overlong == "drop":
-                self._reject(conversation.address, f"longer than data.max_length ({limit} tokens)")
-                return
-            cut = truncated(example, limit)
-            if cut is None:
-                self._reject(conversation.address, f"no target within data.max_length ({limit} tokens)")
-                return
-            counts["truncated"] += 1
-            counts["truncated_tokens"] += len(example.token_ids) - limit
-            example = cut
-        self._writer.add(example)
-        counts["kept"] += 1
-        counts["tokens"] += len(example.token_ids)
-        counts["supervised_tokens"] += int((example.loss_weights[1:] != 0).sum())
-        if self._keep:
-            self.kept.append(conversation)
-            self._keep.write(json.dumps(conversation_to_json(conversation)) + "\n")
-
-    def _reject(self, address: Address, reason: str) -> None:
-        self._sources[address.source][f"dropped: {reason}"] += 1
-        self._dropped[reason] += 1
-        self._rejects.write(json.dumps({"address": str(address), "source": address.source, "reason": reason}) + "\n")
+def _factors(weights: Mapping[str, Any], rows: Sequence[Conversation]) -> dict[str, float]:
+    """`data.source_weights`, checked. Raises InputError for an unknown source and for what is no positive number."""
+    names = dict.fromkeys(row.address.source for row in rows)
+    for name, value in weights.items():
+        if name not in names and rows:
+            near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+            hint = f" (nearest: {near[0]})" if near else ""
+            raise InputError(f"data.source_weights: no source is called {name}{hint}; sources: {', '.join(names)}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+            raise InputError(f"data.source_weights.{name}: found {value!r}; expected a number above 0 (to leave a "
+                             "source out, take it from data.train)")
+    return {name: float(value) for name, value in weights.items()}
 
 
 def _is_empty_turn(message: Message) -> bool:

@@ -29,6 +29,9 @@ UNBOUNDED = 6  # so many words count wherever they stand; fewer must be a phrase
 _EDGE = re.compile(r"[^\w\s,]|\n")
 
 
+Found = tuple[np.ndarray, np.ndarray]
+
+
 @dataclasses.dataclass(frozen=True)
 class Overlap:
     """For each training text the held-out text that it matches (-1: none), how, and how closely (0 to 1)."""
@@ -57,22 +60,26 @@ class Comparison:
         return part
 
     def overlap(self, grams: float = 0.5, cosine: float = 0.8) -> Overlap:
-        """Match every training text against every held-out text. `grams` and `cosine` are the thresholds."""
+        """Match every training text against every held-out text. `grams` and `cosine` are the thresholds; 1 is off."""
         queries, base = self.words
         match = np.full(len(base), -1, np.int64)
         method, score = np.zeros(len(base), np.int8), np.zeros(len(base), np.float32)
-        asked, known = self._vectors()
-        close = similarity.match(asked, known, threshold=cosine, keep=0)
+        nothing = np.full(len(base), -1, np.int64), np.zeros(len(base), np.float32)
         found = (
             _exact(queries, base),
             _contained(queries, base, self.texts[0], self.texts[1]),
-            _shared_grams(queries, base, grams),
-            (close.query_of_base, close.score_of_base),
+            _shared_grams(queries, base, grams) if grams < 1 else nothing,
+            self._close(cosine) if cosine < 1 else nothing,
         )
         for number, (query_of_base, score_of_base) in reversed(list(enumerate(found))):  # the strictest method names it
             hit = query_of_base >= 0
             match[hit], method[hit], score[hit] = query_of_base[hit], number, score_of_base[hit]
         return Overlap(match, method, score)
+
+    def _close(self, cosine: float) -> Found:
+        asked, known = self._vectors()
+        close = similarity.match(asked, known, threshold=cosine, keep=0)
+        return close.query_of_base, close.score_of_base
 
     def nearest(self) -> tuple[np.ndarray, np.ndarray]:
         """The training text nearest to each held-out text (-1: none) and its TF-IDF cosine."""
@@ -84,9 +91,6 @@ class Comparison:
         frequency = np.sum([similarity.document_frequency(matrix) for matrix in self.counts], axis=0)
         documents = sum(matrix.shape[0] for matrix in self.counts)
         return [similarity.weighted(matrix, frequency, documents) for matrix in self.counts]
-
-
-Found = tuple[np.ndarray, np.ndarray]
 
 
 def _exact(queries: Ragged, base: Ragged) -> Found:

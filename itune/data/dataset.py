@@ -7,19 +7,29 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from itune.data.build import build
+from itune.data.limits import judge, require
+from itune.data.page import page
+from itune.data.quality import predicate_digest
 from itune.data.render import as_tokenizer
 from itune.data.sources import Source, open_sources
 from itune.data.store import ExampleStore, conversation_from_json, hash_of, read_store
 from itune.data.templates import Tokenizer, require_template
 from itune.types import Conversation, RunError
+from itune.writers import write_atomically
 
-FINGERPRINTED = ("format", "fields", "max_length", "overlong", "train_on", "limit", "held_out_by", "held_out_share",
-                 "novel_min")  # fmt: skip
+FINGERPRINTED = (
+    "format", "fields", "max_length", "overlong", "train_on", "limit", "source_field", "category_field", "categories",
+    "group_field", "rating_field", "held_out_by", "held_out_share", "overlap_grams", "overlap_cosine",
+    "overlap_removes", "near_duplicate", "predicate", "source_weights",
+)  # fmt: skip
+
+RECORDS = ("findings.jsonl", "rejects.jsonl", "heldout_proof.json")  # what a run keeps beside its report
 
 
 @dataclasses.dataclass
@@ -37,17 +47,29 @@ class Dataset:
     fingerprint: str
     folder: Path
 
-    def rejects(self) -> Iterator[dict[str, str]]:
-        """Each row that was left out: {"address", "source", "reason"}."""
+    def rejects(self) -> Iterator[dict[str, Any]]:
+        """Each row that was left out: address, source, reason, reasons, messages, metadata."""
         with open(self.folder / "rejects.jsonl", encoding="utf-8") as lines:
             yield from map(json.loads, lines)
 
+    def write_record(self, folder: Path, section: Any) -> None:
+        """Write what is kept of the data: report.html and .json, findings.jsonl, rejects.jsonl, heldout_proof.json."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "report.json", json.dumps(self.report, indent=1, default=str) + "\n")
+        for name in RECORDS:
+            shutil.copyfile(self.folder / name, part := folder / f".{name}.part")
+            os.replace(part, folder / name)
+        proof = json.loads((folder / "heldout_proof.json").read_text())
+        write_atomically(folder / "report.html", page(self.report, judge(section, self.report), proof))
 
-def prepare(section: Any, tokenizer: Any, seed: int = 0, log: Callable[[str], None] = print) -> Dataset:
-    """Read, convert, split, render and filter what a DataSection names, or open what an earlier call left in the cache.
+
+def prepare(section: Any, tokenizer: Any, seed: int = 0, log: Callable[[str], None] = print,
+            check: bool = True) -> Dataset:  # fmt: skip
+    """Read, split, filter and render what a DataSection names, or open what an earlier call left in the cache.
 
     Processes on one machine share the work: one renders, the others wait and read its files. Raises InputError for bad
-    input with its address, and RunError where the cache folder cannot be written.
+    input with its address, and RunError where the cache folder cannot be written. With `check`, InputError too where
+    fewer held-out prompts than `novel_min` remain, or the data go beyond one of `limits`.
     """
     tokenizer = as_tokenizer(tokenizer)
     require_template(tokenizer)
@@ -69,6 +91,8 @@ def prepare(section: Any, tokenizer: Any, seed: int = 0, log: Callable[[str], No
                        "expected a writable folder with space") from error
     if dataset is None:
         raise RunError(f"data.cache_dir: {folder} does not hold what was just written to it; expected a sound disk")
+    if check:
+        require(section, dataset.report)
     return dataset
 
 
@@ -83,10 +107,13 @@ def fingerprint_inputs(section: Any, sources: list[Source], eval_sources: list[S
                        seed: int) -> dict[str, Any]:  # fmt: skip
     """All that decides the content of the examples, by name: what a resumed run is compared with."""
     inputs: dict[str, Any] = {name: getattr(section, name) for name in FINGERPRINTED}
-    inputs["fields"] = dict(section.fields)
+    inputs["quality"] = dataclasses.asdict(section.quality)
+    inputs["predicate_code"] = predicate_digest(section.predicate) if section.predicate else ""
     inputs["tokenizer"] = tokenizer.fingerprint
     inputs["train"] = {source.name: source.digest() for source in sources}
     inputs["eval"] = {source.name: source.digest() for source in eval_sources}
+    benchmarks = open_sources(section.benchmarks, "data.benchmarks") if section.benchmarks else []
+    inputs["benchmarks"] = {source.name: source.digest() for source in benchmarks}
     if section.held_out_share:
         inputs["split_seed"] = seed
     return inputs

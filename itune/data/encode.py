@@ -38,6 +38,16 @@ class Structure:
     end_of_span: tuple[int, ...]
     markers: tuple[str, ...]
 
+    def added_after(self, span: int) -> list[int]:
+        """Ids of the added token that ends a placeholder, and of those that follow it with nothing between."""
+        number, found = self.end_of_span[span], []
+        while 0 <= number < len(self.ids):
+            found.append(int(self.ids[number]))
+            number += 1
+            if number < len(self.ids) and self.positions[number] != self.positions[number - 1] + self.sizes[number - 1]:
+                break
+        return found
+
 
 class Encoded:
     """Token ids int32 [n] of a rendering, and which characters each token stands for."""

@@ -10,7 +10,7 @@ import collections
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,30 +60,44 @@ def tally(findings: Iterable[Finding]) -> dict[str, dict[str, int]]:
     return table
 
 
-def write_rejects(
-    path: str | os.PathLike, conversations: Sequence[Conversation], dropped: Iterable[int], findings: Sequence[Finding]
-) -> int:
-    """Write the dropped rows as JSON lines: address, reasons, messages, metadata. Returns how many.
+def write_findings(path: str | os.PathLike, findings: Iterable[Finding], dropped: Collection[int]) -> None:
+    """Write every finding as a JSON line, with what became of its row."""
+    lines = (json.dumps(found.to_dict() | {"row": "dropped" if found.index in dropped else "kept"}) + "\n"
+             for found in findings)  # fmt: skip
+    with Path(path).open("w", encoding="utf-8") as file:
+        file.writelines(lines)
 
-    Secrets and personal data are masked. The file appears whole or not at all.
+
+def write_rejects(
+    path: str | os.PathLike, conversations: Sequence[Conversation], dropped: Iterable[int],
+    findings: Iterable[Finding], append: bool = False,
+) -> int:
+    """Write the dropped rows as JSON lines: address, source, reason, reasons, messages, metadata. Returns how many.
+
+    Secrets and personal data are masked. A file that is not appended to appears whole or not at all.
     """
     from itune.data import privacy
 
-    reasons: dict[int, list[dict]] = {}
+    gone = set(dropped)
+    reasons: dict[int, list[dict]] = {index: [] for index in gone}
     for found in findings:
-        reasons.setdefault(found.index, []).append(found.to_dict())
+        if found.index in gone:
+            reasons[found.index].append(found.to_dict())
+        if found.filter == "contradiction" and found.other in gone:
+            reasons[found.other].append(found.to_dict() | {"address": found.other_address, "other": found.address})
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + f".partial{os.getpid()}")
-    rows = sorted(set(dropped))
-    with partial.open("w", encoding="utf-8") as file:
-        for index in rows:
+    partial = target if append else target.with_name(target.name + f".partial{os.getpid()}")
+    with partial.open("a" if append else "w", encoding="utf-8", errors="backslashreplace") as file:
+        for index in sorted(gone):
             row = conversations[index]
-            messages = [{"role": m.role, "content": privacy.redact(m.content)} for m in row.messages]
             record: dict[str, Any] = {
-                "address": str(row.address), "reasons": reasons.get(index, []), "messages": messages,
+                "address": str(row.address), "source": row.address.source,
+                "reason": reasons[index][0]["reason"] if reasons[index] else "", "reasons": reasons[index],
+                "messages": [{"role": m.role, "content": privacy.redact(m.content)} for m in row.messages],
+                "metadata": {key: privacy.redact(str(value)) for key, value in row.metadata.items()},
             }
-            record["metadata"] = {key: privacy.redact(str(value)) for key, value in row.metadata.items()}
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    os.replace(partial, target)
-    return len(rows)
+    if not append:
+        os.replace(partial, target)
+    return len(gone)

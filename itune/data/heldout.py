@@ -17,7 +17,7 @@ from itune.data import contamination, words
 from itune.data.findings import Finding, finding, tally
 from itune.types import Conversation, InputError, RunError
 
-LONG_ENOUGH = 8  # words that one user message of several needs to be looked for on its own
+LONG_ENOUGH = 8  # words that one user message of several in a held-out item needs to be looked for on its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ def decontaminate(
     """
     if remove not in ("train", "held_out"):
         raise InputError(f"decontaminate: remove={remove!r}; expected 'train' or 'held_out'")
-    pieces = _pieces(held_out), _pieces(train)
+    pieces = _pieces(held_out), _pieces(train, shortest=1)
     whole = contamination.Comparison(pieces[0].texts, pieces[1].texts)
     keep_held, keep_train = np.ones(len(held_out), bool), np.ones(len(train), bool)
     found: list[Finding] = []
@@ -109,7 +109,7 @@ def prove(
     Item: address, sha256 of the normalised prompt, nearest training row and its cosine. Raises RunError when an item
     matches a training row, or when fewer than `minimum` distinct prompts are held out.
     """
-    queries, base = _pieces(held_out), _pieces(train)
+    queries, base = _pieces(held_out), _pieces(train, shortest=1)
     compared = contamination.Comparison(queries.texts, base.texts)
     result = compared.overlap(grams, cosine)
     hits = np.nonzero(result.match >= 0)[0]
@@ -132,7 +132,7 @@ def _proof(
                        f"asks for {minimum}. Hold out more groups (data.held_out_share) or lower data.novel_min")
     first_piece = np.unique(_pieces(held_out).rows, return_index=True)[1]  # an item's whole prompt
     near, score = (part[first_piece] for part in compared.nearest())
-    row_of_text = _pieces(train).rows
+    row_of_text = _pieces(train, shortest=1).rows
     items = [
         {
             "address": str(row.address),
@@ -163,13 +163,13 @@ class _Pieces(NamedTuple):
     rows: np.ndarray
 
 
-def _pieces(rows: Sequence[Conversation]) -> _Pieces:
+def _pieces(rows: Sequence[Conversation], shortest: int = LONG_ENOUGH) -> _Pieces:
     texts, row_of_text = [], []
     for index, row in enumerate(rows):
         asked = [message.content for message in row.messages if message.role == "user"]
         parts = [words.prompt_text(row)]
         if len(asked) > 1:
-            parts += [text for text in asked if len(words.words(text)) >= LONG_ENOUGH]
+            parts += [text for text in asked if len(words.words(text)) >= shortest]
         texts += parts
         row_of_text += [index] * len(parts)
     return _Pieces(texts, np.array(row_of_text, np.int64))

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from itune.data.mixture import draws
+from itune.data.mixture import Mixture, draws, realised
 from itune.data.packing import pack
 from itune.data.store import ExampleStore
 from itune.types import Batch, InputError
@@ -27,16 +27,17 @@ class Loader:
 
     batch_size: rows of the global batch. max_length: tokens a row. packing: several examples a row. seed: decides the
     order of every epoch. epochs: passes over the data, 1.5 is one and a half. max_steps: where above 0, the number of
-    steps instead. mixture: source name -> weight; None or {} takes each example once an epoch. Raises InputError for an
-    empty store, an example longer than max_length, or a mixture that does not fit the sources.
+    steps instead. mixture: a Mixture, or source name -> weight; None or {} takes each example once an epoch. Raises
+    InputError for an empty store, an example longer than max_length, or a mixture that does not fit the sources.
     """
 
     def __init__(self, store: ExampleStore, *, batch_size: int, max_length: int, packing: bool = True, seed: int = 0,
-                 epochs: float = 1.0, max_steps: int = 0, mixture: Mapping[str, float] | None = None):  # fmt: skip
+                 epochs: float = 1.0, max_steps: int = 0,
+                 mixture: Mixture | Mapping[str, float] | None = None):  # fmt: skip
         if len(store) == 0:
             raise InputError("data.train: no example is left to train on; see the drops in the data report")
         self.store, self.batch_size, self.max_length = store, batch_size, max_length
-        self.packing, self.seed, self.mixture = packing, seed, dict(mixture or {})
+        self.packing, self.seed, self.mixture = packing, seed, Mixture.of(mixture)
         self._step_ends: list[int] = []
         self.steps_per_epoch = self._epoch_steps(0)
         self.total_steps = max_steps or self._steps_of(epochs)
@@ -51,7 +52,15 @@ class Loader:
     def fingerprint(self) -> str:
         """Hash of all that decides the content of batch `step`; how many steps are taken is not part of it."""
         parts = [self.store.fingerprint, self.batch_size, self.max_length, self.packing, self.seed]
-        return hashlib.sha256(json.dumps([*parts, sorted(self.mixture.items())]).encode()).hexdigest()
+        weights, keys = sorted(self.mixture.mixture.items()), self.mixture.set_keys()
+        if self.mixture.balance:
+            keys.append(("categories", hashlib.sha256(self.store.categories.tobytes()).hexdigest()))
+        return hashlib.sha256(json.dumps([*parts, weights, *keys]).encode()).hexdigest()
+
+    def realised(self) -> dict[str, Any]:
+        """The first epoch by source and category: draws, repeats, shares in examples and in supervised tokens."""
+        chosen = np.concatenate(self._plan(0))
+        return realised(self.store, chosen) | {"epochs": self.epoch(self.total_steps - 1)}
 
     @property
     def max_segments(self) -> int:
@@ -114,7 +123,7 @@ class Loader:
     def _plan(self, epoch: int) -> Rows:
         """Rows of example indices of one epoch, in training order."""
         rng = np.random.default_rng([self.seed, epoch])
-        chosen = draws(self.store.sources, self.store.source_names, self.mixture, rng)
+        chosen = draws(self.store, self.mixture, (self.seed, epoch))
         chosen = chosen[rng.permutation(len(chosen))]
         if self.packing:
             rows = [chosen[row] for row in pack(self.store.lengths[chosen], self.max_length)]

@@ -123,7 +123,9 @@ def _bounds(conversation: Conversation, index: int, rendering: Rendering, struct
         return None
     start, end, span = content_bounds(rendering, index, message.content)
     if structure.end_of_span[span] >= 0:
-        end = encoded.added[structure.end_of_span[span]][1]
+        ids = tokenizer.end_of_turn_ids
+        whole = speaks and ids and tuple(structure.added_after(span)[: len(ids)]) == ids
+        end = encoded.added[structure.end_of_span[span] + (len(ids) - 1 if whole else 0)][1]
     elif speaks:
         raise TemplateRefusal(f"it writes no added token after an assistant's content (found "
                               f"{rendering.text[end : end + 20]!r}), so a model would not learn to stop; expected an "
@@ -149,16 +151,48 @@ def content_bounds(rendering: Rendering, owner: int, content: str) -> tuple[int,
 
 def _generated(conversation: Conversation, index: int, rendering: Rendering, structure: Structure, encoded: Encoded,
                tokenizer: Tokenizer) -> tuple[int, int]:  # fmt: skip
-    """Bounds of a turn with tool calls or reasoning: all that follows its generation prompt, to its end of turn."""
+    """Bounds of a turn with tool calls or reasoning: all that follows its generation prompt, to its end of turn.
+
+    The end is the end-of-turn token, where it stands before the next message's text; else the first added token after
+    the turn's own text (a template may end an earlier turn, or a call, in another way than the last turn).
+    """
+    own = [span.end for span in rendering.spans if span.owner == index]
+    calls = bool(conversation.messages[index].extra.get("tool_calls"))
+    if calls and not any(span.owner == index and span.field == "tool_calls" for span in rendering.spans):
+        raise TemplateRefusal(f"it leaves out the tool calls of message {index}")
+    if not own:
+        raise TemplateRefusal(f"it leaves out the content of message {index}")
+    start, last = _start_of_turn(conversation, index, rendering, tokenizer), max(own)
+    following = min((span.start for span in rendering.spans if span.start >= last and span.owner != index),
+                    default=len(rendering.text))  # fmt: skip
+    added = [(token_id, *place) for token_id, place in zip(structure.ids.tolist(), encoded.added)
+             if last <= place[0] and place[1] <= following]  # fmt: skip
+    if not added:
+        raise TemplateRefusal(f"message {index} has no end-of-turn token")
+    ids = [token_id for token_id, _, _ in added]
+    whole = tokenizer.end_of_turn_ids
+    place = ids.index(whole[0]) if whole and whole[0] in ids else 0
+    if whole and tuple(ids[place : place + len(whole)]) == whole:
+        place += len(whole) - 1
+    return start, added[place][2]
+
+
+def _start_of_turn(conversation: Conversation, index: int, rendering: Rendering, tokenizer: Tokenizer) -> int:
+    """Where message `index` begins: after its generation prompt, as far as the text has it.
+
+    A generation prompt may open a reasoning that the turn does not have; where the two part, the turn begins.
+    """
     before = [template_view(message) for message in conversation.messages[:index]]
-    prompt = require_template(tokenizer).render(before, conversation.metadata.get("tools"), True)
-    if not rendering.text.startswith(prompt):
+    template, tools = require_template(tokenizer), conversation.metadata.get("tools")
+    prompt, text = template.render(before, tools, True), rendering.text
+    if text.startswith(prompt):
+        return len(prompt)
+    bare = template.render(before, tools, False)
+    same = next((i for i, (one, other) in enumerate(zip(text, prompt)) if one != other), min(len(text), len(prompt)))
+    if not (prompt.startswith(bare) and text.startswith(bare) and same > len(bare)):
         raise TemplateRefusal(f"message {index} has tool calls or reasoning, and the text before it differs from its "
                               "generation prompt, so its start cannot be proven")
-    for token_id, (start, end) in zip(structure.ids.tolist(), encoded.added):
-        if token_id == tokenizer.end_of_turn_id and start >= len(prompt):
-            return len(prompt), end
-    raise TemplateRefusal(f"message {index} has no end-of-turn token")
+    return min([same, *(span.start for span in rendering.spans if span.owner == index)])
 
 
 def with_messages(conversation: Conversation, count: int) -> Conversation:

@@ -1,15 +1,19 @@
 """All quality filters behind one call: what each found, and, by the action chosen for it, which rows go.
 
-Actions by filter: `off`, `report` (count and list), `drop`, and for contradictions `keep_majority`. Nothing is dropped
-by default. The report names every finding with its address; `findings.write_rejects` keeps what was dropped.
+Actions by filter: `off`, `keep` (count, list, and keep the rows), `drop`, and for contradictions `majority` (the most
+frequent answer stays). Nothing is dropped by default, save by the user's own predicate. The report names every finding
+with its address; `findings.write_rejects` keeps what was dropped.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import hashlib
 import importlib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from itune.data import broken, contradictions, dedup, privacy
@@ -21,8 +25,8 @@ Predicate = Callable[[Conversation], bool | str]
 FILTERS = (
     "exact_duplicate", "near_duplicate", "contradiction", *broken.KINDS, "secret", "personal", "predicate",
 )
-ACTIONS = ("off", "report", "drop", "keep_majority")
-DEFAULTS = dict.fromkeys(FILTERS, "report")
+ACTIONS = ("off", "keep", "drop", "majority")
+DEFAULTS = {name: "drop" if name == "predicate" else "keep" for name in FILTERS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,13 +44,22 @@ class QualityReport:
         gone = set(self.dropped)
         return [index for index in range(self.rows) if index not in gone]
 
+    @property
+    def deciding(self) -> list[Finding]:
+        """The findings for which rows go."""
+        return [found for found in self.findings if self.actions[found.filter] in ("drop", "majority")]
+
     def to_dict(self, examples: int = 20) -> dict[str, Any]:
         """JSON object: counts by filter and reason, and up to `examples` findings of each filter with addresses."""
         listed: dict[str, list[dict]] = {}
         for found in self.findings:
             if len(listed.setdefault(found.filter, [])) < examples:
                 listed[found.filter].append(found.to_dict())
+        rows: dict[str, set[int]] = {name: {f.index for f in self.findings if f.filter == name} for name in listed}
+        rows["broken"] = set().union(*(rows.get(kind, ()) for kind in broken.KINDS))
+        rows["duplicates"] = rows.get("exact_duplicate", set()) | rows.get("near_duplicate", set())
         return {
+            "rows_found": {name: len(found) for name, found in rows.items()},
             "rows_in": self.rows, "rows_kept": self.rows - len(self.dropped), "rows_dropped": len(self.dropped),
             "actions": dict(self.actions), "found": tally(self.findings), "examples": listed,
         }
@@ -59,7 +72,7 @@ def check(
     predicate: str = "",
     near_duplicate: float = 0.7,
 ) -> QualityReport:
-    """Run the filters. `actions` changes the default, report, by filter; `predicate` is `package.module:function`.
+    """Run the filters. `actions` changes the defaults, by filter; `predicate` is `package.module:function`.
 
     Every filter sees all rows, so that the majority of a contradicted question is counted before duplicates go. Raises
     InputError for an unknown filter or action, and for a predicate that cannot be used.
@@ -101,7 +114,7 @@ def _dropped(rows: Sequence[Conversation], actions: Mapping[str, str], found: Se
             gone.add(each.index)
             if each.filter == "contradiction":
                 gone.add(each.other)
-    if actions["contradiction"] == "keep_majority":
+    if actions["contradiction"] == "majority":
         gone |= set(contradictions.minority([each for each in found if each.filter == "contradiction"], rows))
     return sorted(gone)
 
@@ -123,6 +136,12 @@ def find_predicate(name: str) -> Predicate:
         public = sorted(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
         raise InputError(f"data.predicate: {module_name} has no function {function_name!r}; it has {', '.join(public)}")
     return function
+
+
+def predicate_digest(name: str) -> str:
+    """Hash of the file that a predicate stands in, so that data filtered by other code are made anew."""
+    path = inspect.getsourcefile(find_predicate(name))
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""
 
 
 def apply_predicate(conversations: Sequence[Conversation], predicate: Predicate) -> list[Finding]:

@@ -114,16 +114,21 @@ def _notes(conversation: Conversation, encoded: Encoded, markers: tuple[str, ...
     return tuple(notes)
 
 
-def end_of_turn(tokenizer: Tokenizer) -> int | None:
-    """The added token that the template writes after an assistant's content, found by rendering one exchange."""
-    probe = Conversation((Message("user", "Where to?"), Message("assistant", "Home.")))
+def end_of_turn(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The added tokens that the template writes after every answer, found by rendering two exchanges; mostly one.
+
+    The first follows the content; those after it count where they adjoin and stand after a last answer too.
+    """
+    words = ("Where to?", "Home.", "And then?", "To bed.")
+    probe = Conversation(tuple(Message(("user", "assistant")[i % 2], text) for i, text in enumerate(words)))
     try:
         rendering = located(probe, require_template(tokenizer))
         structure = structure_of(rendering, tokenizer)
-        number = structure.end_of_span[content_bounds(rendering, 1, "Home.")[2]]
+        runs = [structure.added_after(content_bounds(rendering, i, words[i])[2]) for i in (1, 3)]
     except TemplateRefusal:
-        return None
-    return int(structure.ids[number]) if number >= 0 else None
+        return ()
+    count = next((i for i, (one, other) in enumerate(zip(*runs)) if one != other), min(map(len, runs)))
+    return tuple(runs[1][: max(count, 1)])
 
 
 def as_conversation(given: Any) -> Conversation:

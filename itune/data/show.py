@@ -9,10 +9,13 @@ from typing import Any
 import numpy as np
 
 from itune.config import Config
-from itune.data.build import conversations
 from itune.data.dataset import Dataset, prepare
+from itune.data.jsonl import read_jsonl
 from itune.data.loader import Loader
-from itune.data.render import render_many, truncated
+from itune.data.mixture import Mixture
+from itune.data.overlong import Fitted, fit
+from itune.data.render import render_many
+from itune.data.selection import conversations
 from itune.data.sources import open_sources
 from itune.data.templates import Tokenizer, load_tokenizer
 from itune.types import Conversation, Example, InputError
@@ -22,11 +25,13 @@ SHOWN_TOKENS = 24  # of each run of tokens
 
 
 def show(config: Config, index: int | None = None, source: str | None = None, limit: int = 3,
-         console: Any = None) -> list[dict[str, Any]]:  # fmt: skip
+         console: Any = None, random: int | None = None, worst: str | None = None) -> list[dict[str, Any]]:  # fmt: skip
     """Print rows of data.train as the model sees them, and return what was printed.
 
     index: one row by its number, counted from 0 in the order of the sources. source: rows of this source only. limit:
-    how many rows. On a terminal weighted text is green and what `data.max_length` cuts off is red; elsewhere they
+    how many rows. random: a seed by which rows are drawn. worst: a file of `itune data score`, worst first.
+
+    On a terminal weighted text is green and what `data.max_length` cuts off is red; elsewhere they
     stand in {+ +} and {- -}. A row that cannot be rendered shows its error. Raises InputError for an unknown source or
     number.
     """
@@ -38,7 +43,14 @@ def show(config: Config, index: int | None = None, source: str | None = None, li
             raise InputError(f"--source: no source is called {source}; sources: {', '.join(names)}")
         sources = [found for found in sources if found.name == source]
     rows = conversations(config.data, sources)
-    chosen = list(itertools.islice(rows, index, index + 1) if index is not None else itertools.islice(rows, limit))
+    if worst is not None:
+        chosen = _worst(rows, worst, limit)
+    elif random is not None:
+        everything = list(rows)
+        places = np.random.default_rng(random).permutation(len(everything))[:limit]
+        chosen = [everything[place] for place in places.tolist()]
+    else:
+        chosen = list(itertools.islice(rows, index, index + 1) if index is not None else itertools.islice(rows, limit))
     if not chosen:
         raise InputError(f"--index: there is no row {index}; expected one from 0 to {_count(config, sources) - 1}")
     console = console or _console()
@@ -51,6 +63,20 @@ def show(config: Config, index: int | None = None, source: str | None = None, li
     return found
 
 
+def _worst(rows: Iterator[Conversation], scores: str, limit: int) -> list[Conversation]:
+    """The rows that a file of scores lists first. Raises InputError for another file, or one about other rows."""
+    wanted: list[str] = []
+    for line, item in read_jsonl(scores):
+        if "address" not in item or "suspicion" not in item:
+            raise InputError(f"{scores}:{line}: no address and suspicion; expected scores.jsonl of itune data score")
+        wanted.append(item["address"])
+    first = dict.fromkeys(wanted[:limit])
+    found = {str(row.address): row for row in rows if str(row.address) in first}
+    if not found:
+        raise InputError(f"{scores}: names no row of data.train; expected the scores of these files")
+    return [found[address] for address in first if address in found]
+
+
 def described(conversation: Conversation, tokenizer: Tokenizer, config: Config) -> dict[str, Any]:
     """One row as `show` tells it: address, lengths, runs of tokens of one weight, or the error that refuses it."""
     outcome = render_many([conversation], tokenizer, config.data.train_on)[0]
@@ -58,27 +84,45 @@ def described(conversation: Conversation, tokenizer: Tokenizer, config: Config) 
     if outcome.error is not None:
         return entry | {"error": str(outcome.error)}
     assert outcome.example is not None
-    example, length = outcome.example, config.data.max_length
-    over = len(example.token_ids) > length
-    if not over:
-        fate = "kept"
-    elif config.data.overlong == "drop":
-        fate = f"left out: longer than data.max_length ({length} tokens)"
-    elif truncated(example, length) is None:
-        fate = f"left out: no target within data.max_length ({length} tokens)"
-    else:
-        fate = f"cut to data.max_length ({length} tokens)"
+    example, section = outcome.example, config.data
+    fitted = fit(conversation, example, tokenizer, section.max_length, section.overlong, section.train_on)
+    cut = _cut(example, [part.example for part in fitted.parts], section.max_length)
     return entry | {
         "tokens": len(example.token_ids),
         "supervised_tokens": int(np.count_nonzero(example.loss_weights)),
-        "cut_at": length if over else None,
-        "fate": fate,
+        "bos_tokens": example.token_ids.tolist().count(tokenizer.hf.bos_token_id),
+        "stop_tokens": int(np.isin(example.token_ids[example.loss_weights != 0], tokenizer.stop_ids).sum()),
+        "cut_at": cut[0] if cut else None,
+        "fate": _fate(fitted, section.max_length),
         "notes": list(outcome.notes),
         "runs": [
-            {"weight": weight, "cut": cut, "text": tokenizer.decode(ids), "token_ids": ids.tolist()}
-            for weight, cut, ids in _runs(example, length)
+            {"weight": weight, "cut": lost, "text": tokenizer.decode(ids), "token_ids": ids.tolist()}
+            for weight, lost, ids in _runs(example, cut)
         ],
     }
+
+
+def _fate(fitted: Fitted, length: int) -> str:
+    if not fitted.parts:
+        return f"left out: {fitted.reason}"
+    if len(fitted.parts) > 1:
+        return f"split by turns into {len(fitted.parts)} examples, {fitted.lost_tokens} tokens lost"
+    if fitted.lost_tokens:
+        return f"cut to data.max_length ({length} tokens), {fitted.lost_tokens} tokens lost"
+    return "kept"
+
+
+def _cut(whole: Example, parts: list[Example], length: int) -> tuple[int, int] | None:
+    """Tokens [first, last) of the whole that are lost, where they are one run: its end, or turns after the system's."""
+    count = len(whole.token_ids)
+    if len(parts) > 1 or count <= length:
+        return None
+    if not parts:
+        return length, count
+    kept = parts[0].token_ids
+    differs = np.flatnonzero(kept != whole.token_ids[: len(kept)])
+    same = int(differs[0]) if len(differs) else len(kept)
+    return same, count - (len(kept) - same)
 
 
 def stats(config: Config, console: Any = None) -> dict[str, Any]:
@@ -89,7 +133,7 @@ def stats(config: Config, console: Any = None) -> dict[str, Any]:
     loader = Loader(
         dataset.train, batch_size=config.train.batch_size, max_length=config.data.max_length, seed=config.seed,
         packing=config.data.packing, epochs=config.train.epochs, max_steps=config.train.max_steps,
-        mixture=config.data.mixture,
+        mixture=Mixture.of(config.data),
     )  # fmt: skip
     numbers = summary(dataset, loader)
     for line in [*lines, *_stat_lines(numbers, dataset, loader)]:
@@ -148,12 +192,13 @@ def _stat_lines(numbers: dict[str, Any], dataset: Dataset, loader: Loader) -> It
                f"{numbers['removed_as_held_out']:,} training rows removed because they ask the same")
 
 
-def _runs(example: Example, max_length: int) -> Iterator[tuple[float, bool, np.ndarray]]:
-    """(weight, cut off, ids) of each run of tokens that share them."""
+def _runs(example: Example, cut: tuple[int, int] | None) -> Iterator[tuple[float, bool, np.ndarray]]:
+    """(weight, lost, ids) of each run of tokens that share them."""
     weights, count = example.loss_weights, len(example.token_ids)
-    borders = {0, count, min(max_length, count), *(np.flatnonzero(np.diff(weights)) + 1).tolist()}
+    first, last = cut or (count, count)
+    borders = {0, count, first, last, *(np.flatnonzero(np.diff(weights)) + 1).tolist()}
     for start, end in itertools.pairwise(sorted(borders)):
-        yield float(weights[start]), start >= max_length, example.token_ids[start:end]
+        yield float(weights[start]), first <= start < last, example.token_ids[start:end]
 
 
 def _legend(console: Any) -> Any:
@@ -172,7 +217,8 @@ def _print_entry(entry: dict[str, Any], tokenizer: Tokenizer, console: Any) -> N
     if "error" in entry:
         console.print(Text(entry["error"], style="red"))
         return
-    console.print(Text(f"{entry['tokens']} tokens, {entry['supervised_tokens']} supervised; {entry['fate']}"
+    console.print(Text(f"{entry['tokens']} tokens, {entry['supervised_tokens']} supervised, "
+                       f"{entry['bos_tokens']} BOS, {entry['stop_tokens']} stop tokens learnt; {entry['fate']}"
                        + "".join(f"; {note}" for note in entry["notes"])))  # fmt: skip
     body = Text()
     for run in entry["runs"]:

@@ -1,11 +1,11 @@
-"""What is held out, and the proof that training has none of it."""
+"""What is held out: whole groups (tasks, or conversations with one prompt), chosen by a hash."""
 
 from __future__ import annotations
 
 import hashlib
 import re
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from itune.types import Conversation, InputError
@@ -23,21 +23,6 @@ def prompt_text(conversation: Conversation) -> str:
     while turns and turns[-1].role != "assistant":
         turns.pop()
     return _joined([message.content for message in turns[:-1] if message.role not in ("system", "developer")])
-
-
-def asked_texts(conversation: Conversation) -> set[str]:
-    """Every normalised question that a conversation answers: each user turn, and the turns up to each answer."""
-    found: set[str] = set()
-    before: list[str] = []
-    for message in conversation.messages:
-        if message.role in ("system", "developer"):
-            continue
-        if message.role == "assistant":
-            found.add(_joined(before))
-        elif message.role == "user":
-            found.add(normalised(message.content))
-        before.append(message.content)
-    return found
 
 
 def _joined(texts: list[str]) -> str:
@@ -87,15 +72,15 @@ class Split:
         return int.from_bytes(raw, "big") / 2**64
 
 
-def hold_out(train: Callable[[], Iterable[Conversation]], evaluation: Iterable[Conversation],
+def hold_out(train: Sequence[Conversation], evaluation: Iterable[Conversation],
              split: Split | None) -> tuple[list[Conversation], dict[str, Any]]:  # fmt: skip
-    """(held-out conversations, proof). `train` is read twice; `evaluation` are items from files of their own."""
+    """(held-out conversations, how they were chosen). `evaluation` are items from files of their own."""
     held = list(evaluation)
     proof: dict[str, Any] = {"from_eval_sources": len(held), "by": "", "share": 0.0, "groups": 0, "groups_held_out": []}
     if split is not None:
-        for conversation in train():
+        for conversation in train:
             split.see(conversation)
-        chosen = [conversation for conversation in train() if split.holds_out(conversation)]
+        chosen = [conversation for conversation in train if split.holds_out(conversation)]
         names = sorted({split.group(conversation) for conversation in chosen})
         if len(names) == len(split.groups):
             raise InputError(f"data.held_out_by={split.by or 'conversation'}: all {len(names)} groups would be held "
@@ -104,24 +89,3 @@ def hold_out(train: Callable[[], Iterable[Conversation]], evaluation: Iterable[C
                   "groups": len(split.groups), "groups_held_out": names if split.by else len(names)}  # fmt: skip
         held += chosen
     return held, proof
-
-
-class Leaks:
-    """Finds training conversations that ask what a held-out item asks."""
-
-    def __init__(self, held: Iterable[Conversation], proof: dict[str, Any]):
-        self._asked = {digest(text) for text in map(prompt_text, held) if text}
-        self.proof = proof
-        fingerprint = hashlib.sha256(b"".join(sorted(self._asked))).hexdigest()
-        proof |= {"compared": "text of the prompt, normalised: NFKC, case folded, without outer punctuation",
-                  "held_out_prompts": len(self._asked), "prompts_sha256": fingerprint,
-                  "training_rows_compared": 0, "training_rows_removed": 0, "removed": []}  # fmt: skip
-
-    def found_in(self, conversation: Conversation) -> bool:
-        self.proof["training_rows_compared"] += 1
-        if not self._asked or not any(digest(text) in self._asked for text in asked_texts(conversation) if text):
-            return False
-        self.proof["training_rows_removed"] += 1
-        if len(self.proof["removed"]) < 1000:
-            self.proof["removed"].append(str(conversation.address))
-        return True

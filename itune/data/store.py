@@ -18,16 +18,20 @@ from itune.types import Address, Conversation, Example, Message
 
 
 class ExampleStore:
-    """A sequence of Examples. `lengths` int32 [n]; `sources` int32 [n] indexes `source_names`."""
+    """A sequence of Examples. `lengths` int32 [n]; `sources` int32 [n] indexes `source_names`.
+
+    `categories` int8 [n] indexes `categories.CATEGORIES`; -1 where none was decided.
+    """
 
     def __init__(self, tokens: np.ndarray, weights: np.ndarray, offsets: np.ndarray, sources: np.ndarray,
                  source_names: Sequence[str], files: Sequence[str], places: np.ndarray, metadata: Any,
-                 fingerprint: str):  # fmt: skip
+                 fingerprint: str, categories: np.ndarray | None = None):  # fmt: skip
         self.tokens, self.weights, self.offsets = tokens, weights, offsets
         self.sources, self.source_names = sources, tuple(source_names)
         self._files, self._places_N2, self._metadata = tuple(files), places, metadata
         self.lengths = np.diff(offsets).astype(np.int32)
         self.fingerprint = fingerprint
+        self.categories = np.full(len(self.lengths), -1, np.int8) if categories is None else categories
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -67,10 +71,11 @@ class Writer:
         self._metadata_lengths: list[int] = []
         self._sources: list[int] = []
         self._places: list[tuple[int, int]] = []
+        self._categories: list[int] = []
         self._source_names: dict[str, int] = {}
         self._files: dict[str, int] = {}
 
-    def add(self, example: Example) -> None:
+    def add(self, example: Example, category: int = -1) -> None:
         tokens = np.ascontiguousarray(example.token_ids, np.int32).tobytes()
         weights = np.ascontiguousarray(example.loss_weights, np.float32).tobytes()
         line = json.dumps(dict(example.metadata), ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
@@ -80,6 +85,7 @@ class Writer:
         self._hashers[0].update(tokens)
         self._hashers[1].update(weights)
         address = example.address
+        self._categories.append(category)
         self._lengths.append(len(example.token_ids))
         self._metadata_lengths.append(len(line))
         self._sources.append(self._source_names.setdefault(address.source, len(self._source_names)))
@@ -97,6 +103,7 @@ class Writer:
             metadata_offsets=np.r_[0, np.cumsum(np.asarray(self._metadata_lengths, np.int64))].astype(np.int64),
             sources=np.asarray(self._sources, np.int32),
             places=np.asarray(self._places, np.int64).reshape(-1, 2),
+            categories=np.asarray(self._categories, np.int8),
         )
         names = {"source_names": list(self._source_names), "files": list(self._files), "digest": digest}
         (self._folder / "names.json").write_text(json.dumps(names))
@@ -130,7 +137,7 @@ def read_store(folder: Path) -> ExampleStore:
     raw = _mapped(folder / "metadata.jsonl", np.dtype(np.uint8), int(arrays["metadata_offsets"][-1]))
     metadata = _Lines(raw, arrays["metadata_offsets"])
     return ExampleStore(tokens, weights, offsets, arrays["sources"], names["source_names"], names["files"],
-                        arrays["places"], metadata, names["digest"])  # fmt: skip
+                        arrays["places"], metadata, names["digest"], arrays["categories"])  # fmt: skip
 
 
 def memory_store(examples: Iterable[Example]) -> ExampleStore:

@@ -47,7 +47,8 @@ class Tokenizer:
         self.is_added_V = np.zeros(max([self.vocab_size, *(index + 1 for index in self.added)]), bool)
         self.is_added_V[list(self.added)] = True
         self.structures: dict[str, Any] = {}  # what encode.py found out about the template
-        self.end_of_turn_id = end_of_turn(self) if self.template else None
+        self.end_of_turn_ids = end_of_turn(self) if self.template else ()
+        self.end_of_turn_id = self.end_of_turn_ids[0] if self.end_of_turn_ids else None
         self._source_stops = (hf.eos_token_id, *stops)
 
     @property

@@ -29,6 +29,8 @@ SETTINGS: dict[str, Any] = {
     "data.chat_template": "chatml",
     "data.held_out_by": "task",
     "data.novel_min": NOVEL_MIN,
+    "data.overlap_grams": 1.0,  # a world of a few hundred words and templates: what is like an item is no leak of it,
+    "data.overlap_cosine": 1.0,  # so equal prompts and prompts inside others are what may not be trained on
     "data.max_length": 64,
     "train.batch_size": 32,
     "train.max_steps": 400,
@@ -50,7 +52,8 @@ def main(workdir: str | Path = "runs/demo", json_path: str | Path | None = None)
     """Run the demo in `workdir`, print what came of it, and return the numbers that `demo.json` holds.
 
     base, tuned: share of held-out answers that are right. difference, low, high: their paired difference with its 95 %
-    interval clustered by task. novel: held-out prompts, none of which is trained on. seconds: since the command began.
+    interval clustered by task. novel: held-out prompts, none of which is in the `rows_compared`
+    training rows (data/heldout_proof.json). seconds: since the command began.
     export: folder of the tuned model. max_abs_logit_difference: of that folder, loaded again, from the trained model.
     An earlier demo in `workdir` is replaced; anything else there is refused (InputError). Raises RunError when stopped.
     """
@@ -69,8 +72,10 @@ def main(workdir: str | Path = "runs/demo", json_path: str | Path | None = None)
         raise RunError(f"the demo was stopped after step {result.step}; the same command starts it afresh")
     exported = export_run(folder, folder / "export")
     before, after = (read_items(folder / "eval" / str(step) / "generation.jsonl") for step in (0, result.step))
+    proof = json.loads((folder / "data" / "heldout_proof.json").read_text())
     numbers = compare(before, after) | {
-        "novel": len({item["prompt"] for item in after}),
+        "novel": proof["novel_prompts"],
+        "rows_compared": proof["train_rows"],
         "steps": result.step,
         "first_step": result.summary["seconds"]["first_step_of_process"],
         "seconds": process_age(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -35,19 +35,11 @@ class Evaluator:
         """(summary, items): loss in nats a token, its weight, accuracy of the supervised tokens and their number."""
         del tokenizer
         store, c = dataset.held_out, self.config
-        mesh = mesh_of(model)
-        rows = -(-c.eval.batch_size // rows_divisor(mesh)) * rows_divisor(mesh)
-        batches = eval_batches(store, rows, c.data.max_length)
-        step = token_step(dataclasses.replace(model, max_segments=batches.max_segments), c.loss.chunk)
         sums = np.zeros((4, len(store) + 1))  # loss, weight, correct, tokens; the last column takes padding
-        for number in range(len(batches)):
-            batch = batches[number]
-            nll_BL, correct_BL = (np.asarray(x, np.float64) for x in step(params, {}, batch))
-            weights_BL = batch.loss_weights_BL.astype(np.float64)
-            index = batches.example_index_BL(number).ravel()
+        for weights_BL, nll_BL, correct_BL, index in token_losses(c, model, params, store):
             parts = (weights_BL * nll_BL, weights_BL, correct_BL, weights_BL > 0)
             for total, part in zip(sums, parts, strict=True):
-                total += np.bincount(index % len(total), weights=part.ravel(), minlength=len(total))
+                total += np.bincount(index, weights=part.ravel(), minlength=len(total))
         sums = sums[:, :-1]
         examples = [store[i] for i in range(len(store))]
         items = []
@@ -59,6 +51,24 @@ class Evaluator:
             return summarise(sums[:, places], [items[place]["cluster"] for place in places])
 
         return {**of(list(range(len(items)))), **broken_down(items, of)}, items
+
+
+def token_losses(
+    config: Config, model: Any, params: Any, store: Any
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+    """(weights_BL, nll_BL, correct_BL, index) of every batch of a store, float64; nll is 0 where the weight is.
+
+    `index` [B * L] is the example of each position, len(store) for padding.
+    """
+    mesh = mesh_of(model)
+    rows = -(-config.eval.batch_size // rows_divisor(mesh)) * rows_divisor(mesh)
+    batches = eval_batches(store, rows, config.data.max_length)
+    step = token_step(dataclasses.replace(model, max_segments=batches.max_segments), config.loss.chunk)
+    for number in range(len(batches)):
+        batch = batches[number]
+        nll_BL, correct_BL = (np.asarray(x, np.float64) for x in step(params, {}, batch))
+        index = batches.example_index_BL(number).ravel() % (len(store) + 1)
+        yield batch.loss_weights_BL.astype(np.float64), nll_BL, correct_BL, index
 
 
 PER_ITEM = ("loss", "perplexity", "accuracy", "weight", "tokens")

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from itune.data.loader import Loader, build_batch, eval_batches, prefetched
-from itune.data.mixture import planned_counts
+from itune.data.mixture import Mixture, planned_counts
 from itune.data.store import memory_store
 from itune.types import Address, Batch, Example, InputError
 
@@ -212,3 +212,41 @@ def test_evaluation_batches_hold_each_example_once_and_tell_which(packing):
     assert equal(batches[-1], batches[len(batches) - 1]) and len(batches[:2]) == 2
     assert not build_batch(store, [], 2, 8).segment_ids_BL.any()
     assert len(eval_batches(store_of([]), 4, 32)) == 0
+
+
+def test_counts_caps_temperature_and_balance_plan_an_epoch():
+    """Hand-computed draws; the fingerprint changes with each key; a plan of the first epoch is what is realised."""
+    sources = ["a"] * 60 + ["b"] * 37
+
+    def drawn(**keys):
+        loader = make(store_of(LENGTHS, sources), mixture=Mixture(**keys))
+        seen = [i for step in range(loader.steps_per_epoch) for i in seen_examples(loader.batch(step))]
+        counts = np.bincount(seen, minlength=97)
+        assert loader.realised()["by_source"]["groups"]["a"]["draws"] == counts[:60].sum()
+        prints.add(loader.fingerprint)
+        return int(counts[:60].sum()), int(counts[60:].sum())
+
+    prints = {make(store_of(LENGTHS, sources)).fingerprint}
+    assert drawn(counts={"a": 10}) == (10, 37)
+    assert drawn(counts={"a": 0.5, "b": 2.0}) == (30, 74)
+    assert drawn(cap=20) == (20, 20)
+    assert drawn(temperature=1e9, draws=50) == (25, 25)
+    assert drawn(mixture={"a": 1, "b": 3}, draws=40) == (10, 30)
+    assert drawn(mixture={"a": 1, "b": 9}, draws=50, max_repeats=1.0) == (13, 37)
+    assert len(prints) == 7
+    with pytest.raises(InputError, match=r"data\.counts: no source is called c"):
+        drawn(counts={"c": 3})
+
+
+def test_balance_by_category():
+    store = store_of(LENGTHS, ["a"] * 60 + ["b"] * 37)
+    store.categories = np.asarray([0] * 30 + [3] * 67, np.int8)  # creative, coding
+    loader = make(store, mixture=Mixture(balance={"creative": 0.25, "coding": 0.75}, draws=80))
+    shares = loader.realised()["by_category"]["groups"]
+    assert (shares["creative"]["draws"], shares["coding"]["draws"]) == (20, 60)
+    assert make(store, mixture=Mixture(balance={"coding": 1.0})).realised()["by_category"]["draws"] == 67
+    for keys, message in (({"balance": {"codin": 1.0}}, r"no category is called codin \(nearest: coding\)"),
+                          ({"balance": {"safety": 1.0}}, "no rows for safety"),
+                          ({"balance": {"coding": 1.0}, "cap": 3}, r"cannot stand beside data\.cap")):  # fmt: skip
+        with pytest.raises(InputError, match=message):
+            make(store, mixture=Mixture(**keys))

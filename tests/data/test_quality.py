@@ -48,9 +48,9 @@ def test_actions_decide_what_goes():
     assert quality.check(ROWS, {"exact_duplicate": "drop"}).dropped == (1,)
     assert quality.check(ROWS, {"placeholder": "drop", "secret": "drop"}).dropped == (3, 4)
     assert quality.check(ROWS, {"contradiction": "drop"}).dropped == (0, 1, 2)
-    assert quality.check(ROWS, {"contradiction": "keep_majority"}).dropped == (2,)
+    assert quality.check(ROWS, {"contradiction": "majority"}).dropped == (2,)
     # the majority counts duplicates, though all but one of them go
-    assert quality.check(ROWS, {"contradiction": "keep_majority", "exact_duplicate": "drop"}).dropped == (1, 2)
+    assert quality.check(ROWS, {"contradiction": "majority", "exact_duplicate": "drop"}).dropped == (1, 2)
     assert quality.check(ROWS, dict.fromkeys(quality.FILTERS, "off")).findings == ()
 
 
@@ -73,8 +73,8 @@ def test_rejects_keep_address_reasons_and_text_but_no_secret(tmp_path):
     ("actions", "message"),
     [
         ({"placeholders": "drop"}, "did you mean 'placeholder'"),
-        ({"empty": "delete"}, "expected one of off, report, drop$"),
-        ({"empty": "keep_majority"}, "expected one of off, report, drop$"),
+        ({"empty": "delete"}, "expected one of off, keep, drop$"),
+        ({"empty": "majority"}, "expected one of off, keep, drop$"),
     ],
 )
 def test_unknown_filters_and_actions_are_refused(actions, message):
