@@ -39,6 +39,10 @@ from itune.types import Batch
 # largest difference that passes, relative to the largest entry of the reference
 TOLERANCE = {"bfloat16": 0.02, "float32": 1e-4}
 FORMULA = "3 x (2 N_mat tokens + 4 heads head_dim pairs) / seconds / peak; pairs: causal, within segments, no padding"
+OPTIMIZER = {
+    "name": "adamw", "learning_rate": 1e-4, "schedule": "constant", "warmup": 0.0, "weight_decay": 0.0,
+    "clip_norm": 1.0, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "moment_dtype": "float32", "options": {},
+}  # fmt: skip
 failures: list[str] = []
 
 
@@ -74,10 +78,13 @@ def dense(query, key, value, *, q_segments_BL, window, scale, **_):
     return jnp.einsum("bnls,bsnh->blnh", weights, value, precision="highest")
 
 
-def differentiated(function: Any, segments_BL: np.ndarray, options: dict[str, Any]) -> Any:
-    """Jitted (query, key, value, weight) -> output and gradients, with padding left out of both."""
+def differentiated(function: Any, options: dict[str, Any]) -> Any:
+    """Jitted (query, key, value, weight, segments) -> output and gradients, with padding left out of both.
 
-    def both(query, key, value, weight):
+    Segments are an argument: as a constant, XLA would evaluate the whole mask while it compiles, for minutes.
+    """
+
+    def both(query, key, value, weight, segments_BL):
         def masked(query, key, value):
             out = function(query, key, value, q_segments_BL=segments_BL, kv_segments_BS=segments_BL, **options)
             return jnp.where((segments_BL != 0)[:, :, None, None], out, 0)
@@ -92,7 +99,7 @@ def check_attention(shape: tuple[int, ...], window: int | None, segments: int, k
     """Every backend against `dense` on one shape (B, L, N, K, H): difference and milliseconds."""
     batch, length, heads, kv_heads, head_dim = shape
     rng = np.random.default_rng(0)
-    segments_BL = segments_of(batch, length, segments, rng)
+    segments_BL = jnp.asarray(segments_of(batch, length, segments, rng))
     arrays = [
         jnp.asarray(rng.standard_normal((batch, length, n, head_dim), np.float32), jnp.bfloat16)
         for n in (heads, kv_heads, kv_heads, heads)
@@ -101,14 +108,14 @@ def check_attention(shape: tuple[int, ...], window: int | None, segments: int, k
         "q_positions_BL": None, "kv_positions_BS": None, "offset": 0, "window": window, "scale": head_dim**-0.5,
         "softcap": None, "mesh": None, "max_segments": segments + 1,
     }  # fmt: skip
-    reference = differentiated(dense, segments_BL, options)
-    wanted = [np.asarray(x) for x in reference(*(x.astype(jnp.float32) for x in arrays))]
+    reference = differentiated(dense, options)
+    wanted = [np.asarray(x) for x in reference(*(x.astype(jnp.float32) for x in arrays), segments_BL)]
     for name, dtype in (("xla", "float32"), ("xla", "bfloat16"), *((kernel, "bfloat16") for kernel in kernels)):
         case = {"backend": name, "shape_BLNKH": shape, "dtype": dtype, "window": window, "segments": segments}
         if reason := name != "xla" and gpu.unsupported(name, *arrays[:2], window=window, softcap=None, mesh=None):
             say("attention", **case, unsupported=reason)
             continue
-        step, given = differentiated(BACKENDS[name], segments_BL, options), [x.astype(dtype) for x in arrays]
+        step, given = differentiated(BACKENDS[name], options), [*(x.astype(dtype) for x in arrays), segments_BL]
         found = [np.asarray(x.astype(jnp.float32)) for x in step(*given)]
         off = [float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(found, wanted)]
         right = demand(all(x <= TOLERANCE[dtype] for x in off), f"attention: {case} is off by {off}")
@@ -147,20 +154,37 @@ def check_agreement(model: Model, params: Any, batch: Batch, mesh: Any) -> None:
 
 
 def check_training(model: Model, batches: list[Batch], mesh: Any, steps: int, chunk: int) -> None:
-    """Train from random weights on the batches in turn; the first steps, with compilation, are not timed."""
-    settings = types.SimpleNamespace(
-        name="adamw", learning_rate=1e-4, schedule="constant", warmup=0.0, weight_decay=0.0, clip_norm=1.0,
-        b1=0.9, b2=0.999, eps=1e-8, moment_dtype="float32", options={},
-    )  # fmt: skip
-    optimizer, schedule = make_optimizer(settings, steps), make_schedule(settings, steps)
+    """Train from random weights on the batches in turn, and demand finite losses that fall."""
+    values = measure_training(model, batches, mesh, steps, chunk)
+    right = demand(values.pop("finite"), "training: a loss or gradient norm is not finite")
+    first, last = values["first_loss"], values["last_loss"]
+    right &= demand(last < first, f"training: the loss went from {first:.4f} to {last:.4f}")
+    say("training", right=right, **values)
+
+
+def measure_training(
+    model: Model, batches: list[Batch], mesh: Any, steps: int, chunk: int, warm_up: int = 5, **settings: Any
+) -> dict[str, Any]:
+    """Real tokens a second, MFU and memory of the training step from random weights; the first steps, with
+    compilation, are not timed. `settings` are fields of the config's optimizer section."""
+    section = types.SimpleNamespace(**{**OPTIMIZER, **settings})
+    optimizer, schedule = make_optimizer(section, steps), make_schedule(section, steps)
     step = make_train_step(make_sft(model, chunk=chunk), optimizer, schedule, mesh)
-    device = jax.devices()[0]
-    before = (device.memory_stats() or {}).get("peak_bytes_in_use")
     params = model.init(jax.random.key(0))
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
     state = init_state(model, params, optimizer, 0, mesh)
     del params
-    warm_up, metrics = min(5, steps // 2), []
+    return time_steps(step, state, model, batches, mesh, steps, warm_up)
+
+
+def time_steps(
+    step: Any, state: Any, model: Model, batches: list[Batch], mesh: Any, steps: int, warm_up: int,
+    count_flops: Any = train_flops,
+) -> dict[str, Any]:
+    """See `measure_training`. `count_flops(config, tokens, pairs)`: FLOPs of a step that the model needs."""
+    device = jax.devices()[0]
+    warm_up, metrics = min(warm_up, steps // 2), []
+    parameters = sum(leaf.size for leaf in jax.tree.leaves((state.trainable, state.frozen)))
+    trained = sum(leaf.size for leaf in jax.tree.leaves(state.trainable))
     on_device = [to_device(batch, mesh) for batch in batches]
     begin = time.perf_counter()
     for number in range(steps):
@@ -173,24 +197,23 @@ def check_training(model: Model, batches: list[Batch], mesh: Any, steps: int, ch
     seconds = time.perf_counter() - start
     timed = [batches[number % len(batches)] for number in range(warm_up, steps)]
     counts = [int((batch.segment_ids_BL > 0).sum()) for batch in timed]
-    flops = sum(train_flops(model.config, n, batch_pairs(model.config, batch)) for n, batch in zip(counts, timed))
+    flops = sum(count_flops(model.config, n, batch_pairs(model.config, batch)) for n, batch in zip(counts, timed))
     tokens = sum(counts)
     peak = peak_flops(device.device_kind)
     losses = [float(m["loss"]) for m in metrics]
     norms = [float(m["grad_norm"]) for m in metrics]
-    right = demand(np.isfinite(losses + norms).all(), "training: a loss or gradient norm is not finite")
-    right &= demand(losses[-1] < losses[0], f"training: the loss went from {losses[0]:.4f} to {losses[-1]:.4f}")
     memory = device.memory_stats() or {}
-    say(
-        "training", right=right, parameters=parameters, steps=steps, rows=len(batches[0].tokens_BL),
-        length=batches[0].tokens_BL.shape[1], max_segments=model.max_segments, compute_dtype=model.compute_dtype,
-        remat=model.remat, first_loss=losses[0], last_loss=losses[-1], grad_norm=norms[-1],
-        seconds_to_step_5=round(compile_seconds, 2), step_seconds=seconds / len(timed),
-        tokens_per_second=tokens / seconds, padding=1 - tokens / sum(b.tokens_BL.size for b in timed),
-        model_tflops_per_second=flops / seconds / 1e12, mfu=flops / seconds / peak if peak else None,
-        peak_tflops=peak / 1e12 if peak else None, formula=FORMULA,
-        peak_bytes_before=before, peak_bytes=memory.get("peak_bytes_in_use"), limit_bytes=memory.get("bytes_limit"),
-    )  # fmt: skip
+    return {
+        "finite": bool(np.isfinite(losses + norms).all()), "parameters": parameters, "trained": trained, "steps": steps,
+        "rows": len(batches[0].tokens_BL), "length": batches[0].tokens_BL.shape[1], "max_segments": model.max_segments,
+        "compute_dtype": model.compute_dtype, "param_dtype": model.param_dtype, "remat": model.remat,
+        "first_loss": losses[0], "last_loss": losses[-1], "grad_norm": norms[-1],
+        "seconds_before_timing": round(compile_seconds, 2), "step_seconds": seconds / len(timed),
+        "tokens_per_second": tokens / seconds, "padding": 1 - tokens / sum(b.tokens_BL.size for b in timed),
+        "model_tflops_per_second": flops / seconds / 1e12, "mfu": flops / seconds / peak if peak else None,
+        "peak_tflops": peak / 1e12 if peak else None, "formula": FORMULA,
+        "peak_bytes": memory.get("peak_bytes_in_use"), "limit_bytes": memory.get("bytes_limit"),
+    }  # fmt: skip
 
 
 def make_model(mesh: Any, max_segments: int, tiny: bool) -> Model:

@@ -173,6 +173,16 @@ def test_self_check_tells_right_from_wrong_even_while_tracing(monkeypatch, kerne
     assert said[0] == "" if not verdict else verdict in said[0]
 
 
+def test_self_check_runs_a_pallas_kernel_while_tracing(monkeypatch):
+    # under jax.ensure_compile_time_eval a Pallas kernel cannot be traced: on a GPU both kernels were found unusable
+    monkeypatch.setattr(gpu, "triton", functools.partial(gpu.triton, interpret=True))
+    gpu.self_check.cache_clear()
+    said = []
+    jax.jit(lambda x: said.append(gpu.self_check("pallas", 2, 16, False, "float32")) or x)(1)
+    gpu.self_check.cache_clear()
+    assert said == [""]
+
+
 def _choose(backend, platform, dtype="bfloat16", length=256, head_dim=64, context=1, **options):
     mesh = types.SimpleNamespace(
         devices=np.array([types.SimpleNamespace(platform=platform)]), shape={"context": context, "tensor": 1}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -156,12 +157,14 @@ def self_check(name: str, group: int, head_dim: int, windowed: bool, dtype: str)
     """
     kernels: dict[str, Callable[..., jax.Array]] = {"cudnn": cudnn, "pallas": triton}
     window = 40 if windowed else None
-    with jax.ensure_compile_time_eval():
+    # a thread of its own knows nothing of a trace under way here; under jax.ensure_compile_time_eval, which also steps
+    # out of a trace, no Pallas kernel can be traced and cuDNN's partitioning rule asserts (seen with jax 0.11.2)
+    with ThreadPoolExecutor(1) as fresh:
         try:
-            found = probe(kernels[name], group, head_dim, window, dtype)
+            found = fresh.submit(probe, kernels[name], group, head_dim, window, dtype).result()
         except Exception as error:  # whatever a driver, cuDNN or a private entry of another jax raises means "not here"
             return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-        wanted = probe(xla.attention, group, head_dim, window, "float32")
+        wanted = fresh.submit(probe, xla.attention, group, head_dim, window, "float32").result()
     for what, a, b in zip(("output", "query gradient", "key gradient", "value gradient"), found, wanted):
         off = np.abs(a - b).max() / np.abs(b).max()
         if not off <= TOLERANCE:

@@ -1,0 +1,125 @@
+"""The rows of benchmarks/gpu.py that itune runs. Each returns the values of its line."""
+
+from __future__ import annotations
+
+import functools
+import types
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.gpu import milliseconds
+from itune.data.loader import build_batch
+from itune.flops import peak_flops
+from itune.models import Model, ModelConfig
+from itune.models.architecture import LayerKind, Rope
+from itune.objectives.losses import chunked_cross_entropy
+from itune.sharding import make_mesh
+from itune.types import Batch
+from scripts.gpu_check import measure_training, packed_batches
+
+LLAMA3 = Rope(base=5e5, scaling="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_length=8192)
+SIZES = {
+    "1b": {"width": 2048, "num_layers": 16, "num_heads": 32, "num_kv_heads": 8, "head_dim": 64, "mlp_width": 8192,
+           "vocab_size": 128256, "tie_embeddings": True},
+    "8b": {"width": 4096, "num_layers": 32, "num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "mlp_width": 14336,
+           "vocab_size": 128256, "tie_embeddings": False},
+    "tiny": {"width": 64, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "mlp_width": 128,
+             "vocab_size": 512, "tie_embeddings": False},
+}  # fmt: skip
+
+
+def llama(size: str, mesh: Any, **settings: Any) -> Model:
+    """A Llama by its published sizes, computing in bfloat16."""
+    sizes = SIZES[size]
+    config = ModelConfig(kinds=(LayerKind(rope=LLAMA3),) * sizes["num_layers"], max_length=131072, **sizes)
+    return Model(config, "llama", compute_dtype="bfloat16", mesh=mesh, **settings)
+
+
+def whole_batches(count: int, rows: int, length: int, vocab: int) -> list[Batch]:
+    """Batches of rows that are one example each, every token of it supervised."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, vocab, count * rows * length, dtype=np.int32)
+    store = types.SimpleNamespace(
+        tokens=tokens, weights=np.ones(tokens.size, np.float32), offsets=np.arange(count * rows + 1) * length
+    )
+    return [build_batch(store, [np.array([i * rows + r]) for r in range(rows)], rows, length) for i in range(count)]
+
+
+def gemm(tiny: bool, size: int = 8192) -> dict[str, Any]:
+    size = 256 if tiny else size
+    a, b = (jax.random.normal(jax.random.key(i), (size, size), jnp.bfloat16) for i in range(2))
+    product = jax.jit(lambda a, b: functools.reduce(lambda x, _: (x @ b) * 0.01, range(10), a))
+    took = milliseconds(lambda: product(a, b), jax.block_until_ready) / 10
+    device = jax.devices()[0]
+    rate = 2 * size**3 / took / 1e9
+    peak = peak_flops(device.device_kind)
+    return {"device": device.device_kind, "jax": jax.__version__, "size": size, "milliseconds": took,
+            "tflops_per_second": rate, "of_peak": rate * 1e12 / peak if peak else None}  # fmt: skip
+
+
+def attention(tiny: bool) -> list[dict[str, Any]]:
+    """The check of scripts/gpu_check.py on rows of 4,096 in 8 and 32 segments; it prints its own lines."""
+    from itune.models.attention import KERNELS
+    from scripts.gpu_check import check_attention, failures
+
+    for segments in (4,) if tiny else (1, 8, 32):
+        shape = (1, 128, 4, 2, 16) if tiny else (2, 4096, 32, 8, 128)
+        check_attention(shape, None, segments, KERNELS.get(jax.devices()[0].platform, ())[:1])
+    if failures:
+        raise SystemExit(f"attention: {failures}")
+    return []
+
+
+def cross_entropy(tiny: bool, chunk: int = 2048, sizes: tuple[int, int, int] = (16384, 248320, 2048)) -> dict[str, Any]:
+    """Loss and gradients of head kernel and hidden states, as the training step calls it."""
+    tokens, vocab, width = (64, 128, 32) if tiny else sizes
+    keys = jax.random.split(jax.random.key(0), 3)
+    kernel_VD = 0.02 * jax.random.normal(keys[0], (vocab, width), jnp.bfloat16)
+    hidden_TD = jax.random.normal(keys[1], (tokens, width), jnp.bfloat16)
+    targets_T = jax.random.randint(keys[2], (tokens,), 0, vocab)
+    weights_T = jnp.ones(tokens, jnp.float32)
+    logits = llama("tiny", None).head_logits
+
+    @jax.jit
+    def both(kernel_VD: Any, hidden_TD: Any) -> Any:
+        def loss(kernel_VD: Any, hidden_TD: Any) -> Any:
+            result = chunked_cross_entropy(logits, kernel_VD, hidden_TD, targets_T, weights_T, chunk=min(chunk, tokens))
+            return result.loss_sum / tokens
+
+        return jax.value_and_grad(loss, argnums=(0, 1))(kernel_VD, hidden_TD)
+
+    compiled = both.lower(kernel_VD, hidden_TD).compile()
+    took = milliseconds(lambda: compiled(kernel_VD, hidden_TD), jax.block_until_ready)
+    memory, sizes_of = jax.devices()[0].memory_stats() or {}, compiled.memory_analysis()
+    return {
+        "tokens": tokens, "vocab": vocab, "width": width, "chunk": chunk, "milliseconds": took,
+        "tflops_per_second": 6 * tokens * vocab * width / took / 1e9, "limit_milliseconds": 137, "limit_bytes": 4e9,
+        "peak_bytes": memory.get("peak_bytes_in_use"), "temporary_bytes": sizes_of.temp_size_in_bytes,
+        "argument_bytes": sizes_of.argument_size_in_bytes, "output_bytes": sizes_of.output_size_in_bytes,
+    }  # fmt: skip
+
+
+def full_1b(
+    tiny: bool, rows: int = 16, length: int = 2048, remat: str = "none", chunk: int = 8192, steps: int = 25,
+    packed: bool = False,
+) -> dict[str, Any]:
+    mesh = make_mesh(devices=[jax.devices()[0]])
+    rows, length, size = (2, 128, "tiny") if tiny else (rows, length, "1b")
+    vocab = SIZES[size]["vocab_size"]
+    batches, most = packed_batches(4, rows, length, vocab) if packed else (whole_batches(4, rows, length, vocab), 1)
+    model = llama(size, mesh, remat=remat, max_segments=most)
+    return measure_training(model, batches, mesh, steps, chunk)
+
+
+def full_8b(
+    tiny: bool, rows: int = 2, length: int = 4096, remat: str = "dots", chunk: int = 8192, steps: int = 15,
+    **settings: Any,
+) -> dict[str, Any]:
+    mesh = make_mesh(devices=[jax.devices()[0]])
+    rows, length, size = (2, 128, "tiny") if tiny else (rows, length, "8b")
+    batches = whole_batches(2, rows, length, SIZES[size]["vocab_size"])
+    model = llama(size, mesh, remat=remat, max_segments=1, param_dtype="bfloat16")
+    return measure_training(model, batches, mesh, steps, chunk, **settings)
