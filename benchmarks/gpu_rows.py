@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import types
 from typing import Any
@@ -15,6 +16,7 @@ from itune.data.loader import build_batch
 from itune.flops import peak_flops
 from itune.models import Model, ModelConfig
 from itune.models.architecture import LayerKind, Rope
+from itune.models.lora import Lora
 from itune.objectives.losses import chunked_cross_entropy
 from itune.sharding import make_mesh
 from itune.types import Batch
@@ -102,24 +104,41 @@ def cross_entropy(tiny: bool, chunk: int = 2048, sizes: tuple[int, int, int] = (
     }  # fmt: skip
 
 
-def full_1b(
-    tiny: bool, rows: int = 16, length: int = 2048, remat: str = "none", chunk: int = 8192, steps: int = 25,
-    packed: bool = False,
+def full_1b(tiny: bool, packed: bool = False, **options: Any) -> dict[str, Any]:
+    sizes = {"rows": 16, "length": 2048, "steps": 25, "remat": "none", **options}
+    return _train("tiny" if tiny else "1b", packed, **sizes)
+
+
+def full_8b(tiny: bool, **options: Any) -> dict[str, Any]:
+    sizes = {"rows": 2, "length": 4096, "steps": 14, "param_dtype": "bfloat16", "stochastic_rounding": True, **options}
+    return _train("tiny" if tiny else "8b", False, **sizes)
+
+
+def lora_8b(tiny: bool, packed: bool = False, rank: int = 16, **options: Any) -> dict[str, Any]:
+    sizes = {"rows": 2, "length": 4096, "steps": 14, "param_dtype": "bfloat16", **options}
+    return _train("tiny" if tiny else "8b", packed, lora=Lora(rank=4 if tiny else rank, alpha=32), **sizes)
+
+
+def lora_8b_packed(tiny: bool, **options: Any) -> dict[str, Any]:
+    return lora_8b(tiny, packed=True, **options)
+
+
+def _train(
+    size: str, packed: bool, *, rows: int, length: int, remat: str = "dots", param_dtype: str = "float32",
+    chunk: int = 8192, **options: Any,
 ) -> dict[str, Any]:
+    """`measure_training`; where "dots" keeps more than the memory holds, all is recomputed, and the line says so."""
     mesh = make_mesh(devices=[jax.devices()[0]])
-    rows, length, size = (2, 128, "tiny") if tiny else (rows, length, "1b")
+    rows, length, chunk = (2, 128, 64) if size == "tiny" else (rows, length, chunk)
     vocab = SIZES[size]["vocab_size"]
-    batches, most = packed_batches(4, rows, length, vocab) if packed else (whole_batches(4, rows, length, vocab), 1)
-    model = llama(size, mesh, remat=remat, max_segments=most)
-    return measure_training(model, batches, mesh, steps, chunk)
-
-
-def full_8b(
-    tiny: bool, rows: int = 2, length: int = 4096, remat: str = "dots", chunk: int = 8192, steps: int = 15,
-    **settings: Any,
-) -> dict[str, Any]:
-    mesh = make_mesh(devices=[jax.devices()[0]])
-    rows, length, size = (2, 128, "tiny") if tiny else (rows, length, "8b")
-    batches = whole_batches(2, rows, length, SIZES[size]["vocab_size"])
-    model = llama(size, mesh, remat=remat, max_segments=1, param_dtype="bfloat16")
-    return measure_training(model, batches, mesh, steps, chunk, **settings)
+    batches, most = packed_batches(2, rows, length, vocab) if packed else (whole_batches(2, rows, length, vocab), 1)
+    model = llama(size, mesh, remat=remat, max_segments=most, param_dtype=param_dtype)
+    segments = [int(row.max()) for batch in batches for row in batch.segment_ids_BL]
+    try:
+        values = measure_training(model, batches, mesh, chunk=chunk, **options)
+    except jax.errors.JaxRuntimeError as error:
+        if remat != "dots" or "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        model = dataclasses.replace(model, remat="full")
+        values = {"dots": "did not fit", **measure_training(model, batches, mesh, chunk=chunk, **options)}
+    return {**values, "segments_a_row": [min(segments), max(segments)]}

@@ -4,9 +4,10 @@
     scripts/gpu_check.sh                     # one NVIDIA GPU, no network, under 8 minutes on an H200
     python scripts/gpu_check.py --cpu-smoke  # the same code on a tiny model, to see that it runs
 
-1. device: what is there. 2. attention: each backend on packed segments, output and gradients against dense attention
-in float32, and milliseconds. 3. agreement: the model's loss through the chosen backend and through XLA. 4. training: 50
-steps of a random 0.5B model on packed rows: loss, real tokens per second, MFU (formula and peak stated), memory.
+1. device: what is there. 2. backend: which attention `auto` takes. 3. training: 50 steps of a random 0.5B model on
+packed rows: loss, real tokens per second, MFU (formula and peak stated), memory. 4. agreement: the model's loss through
+the chosen backend and through XLA. 5. attention: each kernel on packed segments, output and gradients against XLA's dense
+attention in float32, and milliseconds.
 """
 
 from __future__ import annotations
@@ -26,14 +27,16 @@ import numpy as np
 from itune.data.loader import build_batch
 from itune.data.packing import pack
 from itune.feed import to_device
-from itune.flops import batch_pairs, peak_flops, train_flops
+from itune.flops import batch_pairs, peak_flops
 from itune.models import Model, ModelConfig
 from itune.models.architecture import LayerKind, Rope
 from itune.models.attention import BACKENDS, KERNELS, choose_backend, gpu
+from itune.models.lora import Lora
 from itune.objectives.sft import make_sft
 from itune.optim import make_optimizer, make_schedule
 from itune.sharding import make_mesh
-from itune.step import init_state, make_eval_step, make_train_step
+from itune.step import init_state, make_train_step
+from itune.tuning import Tuning
 from itune.types import Batch
 
 # largest difference that passes, relative to the largest entry of the reference
@@ -78,7 +81,7 @@ def dense(query, key, value, *, q_segments_BL, window, scale, **_):
     return jnp.einsum("bnls,bsnh->blnh", weights, value, precision="highest")
 
 
-def differentiated(function: Any, options: dict[str, Any]) -> Any:
+def differentiated(function: Any, options: dict[str, Any], compiler_options: dict[str, Any] | None = None) -> Any:
     """Jitted (query, key, value, weight, segments) -> output and gradients, with padding left out of both.
 
     Segments are an argument: as a constant, XLA would evaluate the whole mask while it compiles, for minutes.
@@ -92,7 +95,7 @@ def differentiated(function: Any, options: dict[str, Any]) -> Any:
         out, pullback = jax.vjp(masked, query, key, value)
         return out, *pullback(weight.astype(out.dtype))
 
-    return jax.jit(both)
+    return jax.jit(both, compiler_options=compiler_options)
 
 
 def check_attention(shape: tuple[int, ...], window: int | None, segments: int, kernels: tuple[str, ...]) -> None:
@@ -108,14 +111,15 @@ def check_attention(shape: tuple[int, ...], window: int | None, segments: int, k
         "q_positions_BL": None, "kv_positions_BS": None, "offset": 0, "window": window, "scale": head_dim**-0.5,
         "softcap": None, "mesh": None, "max_segments": segments + 1,
     }  # fmt: skip
-    reference = differentiated(dense, options)
+    reference = differentiated(dense, options, gpu.UNTUNED)
     wanted = [np.asarray(x) for x in reference(*(x.astype(jnp.float32) for x in arrays), segments_BL)]
-    for name, dtype in (("xla", "float32"), ("xla", "bfloat16"), *((kernel, "bfloat16") for kernel in kernels)):
+    for name, dtype in (*((kernel, "bfloat16") for kernel in kernels), ("xla", "float32")):
         case = {"backend": name, "shape_BLNKH": shape, "dtype": dtype, "window": window, "segments": segments}
         if reason := name != "xla" and gpu.unsupported(name, *arrays[:2], window=window, softcap=None, mesh=None):
             say("attention", **case, unsupported=reason)
             continue
-        step, given = differentiated(BACKENDS[name], options), [*(x.astype(dtype) for x in arrays), segments_BL]
+        step = differentiated(BACKENDS[name], options, gpu.UNTUNED if name == "xla" else None)
+        given = [*(x.astype(dtype) for x in arrays), segments_BL]
         found = [np.asarray(x.astype(jnp.float32)) for x in step(*given)]
         off = [float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(found, wanted)]
         right = demand(all(x <= TOLERANCE[dtype] for x in off), f"attention: {case} is off by {off}")
@@ -145,8 +149,8 @@ def check_agreement(model: Model, params: Any, batch: Batch, mesh: Any) -> None:
     """The mean loss of one batch through the chosen backend and through XLA."""
     losses = {}
     for attention in ("auto", "xla"):
-        variant = dataclasses.replace(model, attention=attention)
-        nll_BL, _ = make_eval_step(make_sft(variant, chunk=4096), mesh)(params, {}, to_device(batch, mesh))
+        per_token = make_sft(dataclasses.replace(model, attention=attention), chunk=4096).per_token
+        nll_BL, _ = jax.jit(per_token, compiler_options=gpu.UNTUNED)(params, {}, to_device(batch, mesh))
         losses[attention] = float((nll_BL * batch.loss_weights_BL).sum() / batch.loss_weights_BL.sum())
     off = abs(losses["auto"] / losses["xla"] - 1)
     right = demand(off <= 2e-3, f"agreement: the loss differs by {off:.2e} between backends")
@@ -163,22 +167,24 @@ def check_training(model: Model, batches: list[Batch], mesh: Any, steps: int, ch
 
 
 def measure_training(
-    model: Model, batches: list[Batch], mesh: Any, steps: int, chunk: int, warm_up: int = 5, **settings: Any
+    model: Model, batches: list[Batch], mesh: Any, steps: int, chunk: int, *, warm_up: int = 5, lora: Lora | None = None,
+    stochastic_rounding: bool = False, **settings: Any,
 ) -> dict[str, Any]:
     """Real tokens a second, MFU and memory of the training step from random weights; the first steps, with
     compilation, are not timed. `settings` are fields of the config's optimizer section."""
     section = types.SimpleNamespace(**{**OPTIMIZER, **settings})
     optimizer, schedule = make_optimizer(section, steps), make_schedule(section, steps)
-    step = make_train_step(make_sft(model, chunk=chunk), optimizer, schedule, mesh)
-    params = model.init(jax.random.key(0))
-    state = init_state(model, params, optimizer, 0, mesh)
-    del params
-    return time_steps(step, state, model, batches, mesh, steps, warm_up)
+    tuning = Tuning(model, lora=lora)
+    objective = make_sft(model, chunk=chunk, parameters=tuning.parameters)
+    step = make_train_step(objective, optimizer, schedule, mesh, stochastic_rounding=stochastic_rounding)
+    trainable, frozen = tuning.divide(model.init(jax.random.key(0)), seed=0)
+    state = init_state(model, trainable, optimizer, 0, mesh, frozen=frozen or None)
+    del trainable, frozen
+    return time_steps(step, state, model, batches, mesh, steps, warm_up, tuning.train_flops())
 
 
 def time_steps(
-    step: Any, state: Any, model: Model, batches: list[Batch], mesh: Any, steps: int, warm_up: int,
-    count_flops: Any = train_flops,
+    step: Any, state: Any, model: Model, batches: list[Batch], mesh: Any, steps: int, warm_up: int, count_flops: Any
 ) -> dict[str, Any]:
     """See `measure_training`. `count_flops(config, tokens, pairs)`: FLOPs of a step that the model needs."""
     device = jax.devices()[0]
@@ -240,11 +246,6 @@ def main() -> int:
     if device.platform != "gpu" and not tiny:
         print(f"gpu_check: no NVIDIA GPU, jax sees {device.platform}; --cpu-smoke runs on a CPU", file=sys.stderr)
         return 1
-    shapes = [(1, 128, 4, 2, 16)] if tiny else [(4, 2048, 16, 8, 128), (4, 2048, 14, 2, 64), (2, 4096, 32, 32, 128)]
-    for shape in shapes:
-        for window in (None, shape[1] // 4):
-            check_attention(shape, window, 3 if tiny else 12, KERNELS.get(device.platform, ()))
-
     mesh = make_mesh(devices=[device])
     rows, length, vocab = (2, 128, 512) if tiny else (16, 2048, 65536)
     batches, most = packed_batches(2 if tiny else 8, rows, length, vocab)
@@ -253,8 +254,13 @@ def main() -> int:
     inputs = [jax.ShapeDtypeStruct((rows, length, n, model.config.head_dim), jnp.bfloat16) for n in heads]
     chosen = choose_backend("auto", *inputs, mesh=mesh)
     say("backend", right=demand(tiny or chosen != "xla", "backend: auto chose plain XLA on a GPU"), chosen=chosen)
-    check_agreement(model, model.init(jax.random.key(0)), batches[0], mesh)
     check_training(model, batches, mesh, arguments.steps or (6 if tiny else 50), 64 if tiny else 8192)
+    few = Batch(*(array[:2] for array in batches[0]))
+    check_agreement(model, model.init(jax.random.key(0)), few, mesh)
+    shapes = [(1, 128, 4, 2, 16)] if tiny else [(4, 2048, 16, 8, 128), (4, 2048, 14, 2, 64), (2, 4096, 32, 32, 128)]
+    for shape in shapes:
+        for window in (None, shape[1] // 4) if shape is shapes[0] else (None,):
+            check_attention(shape, window, 3 if tiny else 12, KERNELS.get(device.platform, ()))
     say("done", right=not failures, failures=failures, seconds=round(time.perf_counter() - begin, 1))
     return 1 if failures else 0
 

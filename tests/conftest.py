@@ -14,6 +14,8 @@ import jax
 import pytest
 
 jax.config.update("jax_default_matmul_precision", "highest")
+# tests compile more than they compute; what runs in a process of its own (demo, kills, verbs) is compiled as for a user
+jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,15 @@ from itune.models.moe import MoE
 from itune.sharding import constrain
 from itune.types import InputError
 
-REMAT_POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+
+
+def keep_products(primitive: Any, *inputs: Any, **params: Any) -> Any:
+    """Keep matrix products and what attention kernels put out (cuDNN's, and Pallas's of TPU and GPU)."""
+    kernel = primitive.name == "pallas_call" or primitive.name.startswith("dot_product_attention_fwd")
+    return kernel or jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *inputs, **params)
+
+
+REMAT_POLICIES = {"full": None, "dots": keep_products}
 
 
 class Settings(NamedTuple):
@@ -265,7 +273,7 @@ def is_long(rope: Rope, segments_BL: jax.Array, positions_BL: jax.Array, cache: 
 
 
 def remat(layer_class: Any, policy: str, inside_scan: bool) -> Any:
-    """The layer with its activations recomputed in the backward pass: none | full | dots (matrix products are kept)."""
+    """The layer with its activations recomputed in the backward pass: none | full | dots (products are kept)."""
     if policy == "none":
         return layer_class
     return nn.remat(layer_class, policy=REMAT_POLICIES[policy], prevent_cse=not inside_scan)

@@ -24,6 +24,9 @@ MAX_SEGMENTS = 32  # a row, when nobody says; see `cudnn`
 GROUPED_SINCE = (0, 11, 1)  # the first jax whose packed cuDNN attention reads grouped keys from the right place
 TOLERANCE = 0.03  # bfloat16 kernel against float32 reference, relative to the largest entry: a wrong kernel is off by 1
 TRITON_BLOCK = 128
+# compiler options for XLA's own attention where it is only compared with: XLA tries out many ways to run each product of
+# each block, which took over a minute a shape on an H200
+UNTUNED = {"xla_gpu_autotune_level": 0}
 
 
 def cudnn(
@@ -203,4 +206,5 @@ def probe(kernel: Callable[..., jax.Array], group: int, head_dim: int, window: i
         out, pullback = jax.vjp(masked, query, key, value)
         return out, *pullback(weight)
 
-    return [np.asarray(x.astype(jnp.float32)) for x in jax.jit(both)(query, key, value)]
+    run = jax.jit(both, compiler_options=UNTUNED if kernel is xla.attention else None)
+    return [np.asarray(x.astype(jnp.float32)) for x in run(query, key, value)]
