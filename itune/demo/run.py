@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,8 @@ def main(workdir: str | Path = "runs/demo", json_path: str | Path | None = None)
     interval clustered by task. novel: held-out prompts, none of which is in the `rows_compared`
     training rows (data/heldout_proof.json). seconds: since the command began.
     export: folder of the tuned model. max_abs_logit_difference: of that folder, loaded again, from the trained model.
-    An earlier demo in `workdir` is replaced; anything else there is refused (InputError). Raises RunError when stopped.
+    A finished demo in `workdir` is replaced, an unfinished one goes on; anything else there is refused (InputError).
+    Raises RunError when the run is stopped.
     """
     from itune.export import export_run
     from itune.loop import train
@@ -69,7 +71,7 @@ def main(workdir: str | Path = "runs/demo", json_path: str | Path | None = None)
     print(f"itune demo: a small base model learns to follow instructions, in {folder}; a few minutes on a CPU, offline")
     result = train(config, folder)
     if result.preempted:
-        raise RunError(f"the demo was stopped after step {result.step}; the same command starts it afresh")
+        raise RunError(f"the demo was stopped after step {result.step} of {result.total_steps}")
     exported = export_run(folder, folder / "export")
     before, after = (read_items(folder / "eval" / str(step) / "generation.jsonl") for step in (0, result.step))
     proof = json.loads((folder / "data" / "heldout_proof.json").read_text())
@@ -91,19 +93,32 @@ def main(workdir: str | Path = "runs/demo", json_path: str | Path | None = None)
 
 
 def prepare_folder(folder: Path) -> None:
-    """Make the folder new, with the instructions in it: what an earlier demo left goes, other files stay."""
+    """Write the instructions. An unfinished demo of this version goes on; what a finished one left goes, not more."""
+    rows = {"train": tasks.train_rows(SEED, LISTS, VERSES, FACT_REPEATS), "held_out": tasks.held_out_rows(SEED)}
+    files = {folder / FILES / f"{name}.jsonl": "".join(json.dumps(row) + "\n" for row in rows[name]) for name in rows}
     if folder.is_dir() and any(folder.iterdir()):
         if not (folder / MARKER).is_file():
             found = ", ".join(sorted(path.name for path in folder.iterdir())[:4])
             raise InputError(f"{folder}: is not empty and no earlier demo (it has {found}); choose another --workdir")
+        if _can_go_on(folder, files):
+            print(f"the demo in {folder} was not finished: it goes on from its last checkpoint")
+            return
         with RunLock(folder):
             print(f"the earlier demo in {folder} is replaced")
             for path in [folder / name for name in LEFT_BY_A_RUN if (folder / name).exists()]:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
     (folder / FILES).mkdir(parents=True)
-    (folder / MARKER).write_text(MARKED)
-    write_rows(folder / FILES / "train.jsonl", tasks.train_rows(SEED, LISTS, VERSES, FACT_REPEATS))
-    write_rows(folder / FILES / "held_out.jsonl", tasks.held_out_rows(SEED))
+    (folder / MARKER).write_text(MARKED, encoding="utf-8")
+    for file, text in files.items():
+        file.write_text(text, encoding="utf-8")
+
+
+def _can_go_on(folder: Path, files: Mapping[Path, str]) -> bool:
+    """Whether a run of just these instructions and settings was begun there, and not finished."""
+    if (folder / "demo.json").exists() or not (folder / "config.json").is_file():
+        return False
+    same = all(file.is_file() and file.read_text(encoding="utf-8") == text for file, text in files.items())
+    return same and json.loads((folder / "config.json").read_text()) == make_config(folder).to_dict()
 
 
 def make_config(folder: Path) -> Config:
@@ -135,7 +150,3 @@ def _compare_items(before: list[dict[str, Any]], after: list[dict[str, Any]]) ->
 
 def read_items(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -71,7 +71,21 @@ def test_the_script_writes_these_files(script, tmp_path):
     assert {name for name in RECORD["sha256"] if hashes[name] != RECORD["sha256"][name]} == {"model.safetensors"}
 
 
+@pytest.mark.parametrize(
+    "changed, loss, code, said",
+    [
+        ([], 0.64, 0, "bit for bit"),
+        (["model.safetensors"], 0.645, 0, "rounded differently"),
+        (["model.safetensors"], 0.70, 1, "another model"),
+        (["tokenizer.json"], 0.64, 1, "another model"),
+    ],
+)
+def test_the_comparison_can_fail(script, capsys, changed, loss, code, said):
+    recorded = {"sha256": {"model.safetensors": "a", "tokenizer.json": "b"}, "loss": 0.64, "jax": "0.10.2"}
+    assert script.compare(recorded["sha256"] | dict.fromkeys(changed, "c"), loss, recorded) == code
+    assert said in capsys.readouterr().out
+
+
 @pytest.mark.soak
 def test_the_script_makes_this_model(script, capsys):
-    """On the machine and the jax version that the record names; elsewhere the rounding may differ."""
     assert script.main(["--check"]) == 0, capsys.readouterr().out

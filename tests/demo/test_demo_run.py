@@ -28,7 +28,7 @@ def itune(*arguments, cwd, **variables):
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     environment |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **variables}
     command = [sys.executable, "-m", "itune", *map(str, arguments)]
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=1800, check=False)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -126,6 +126,19 @@ def test_an_earlier_demo_is_replaced(tmp_path, capsys):
     assert len(demo.read_items(folder / "demo" / "held_out.jsonl")) == len(tasks.held_out_rows())
 
 
+def test_an_unfinished_demo_goes_on_unless_anything_changed(tmp_path, capsys):
+    demo.prepare_folder(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(demo.make_config(tmp_path).to_dict()))
+    demo.prepare_folder(tmp_path)
+    assert "goes on" in capsys.readouterr().out
+    assert (tmp_path / "config.json").is_file()
+    with open(tmp_path / "demo" / "train.jsonl", "a") as file:
+        file.write("{}\n")
+    demo.prepare_folder(tmp_path)
+    assert "replaced" in capsys.readouterr().out
+    assert not (tmp_path / "config.json").exists()
+
+
 def test_a_demo_that_is_running_is_not_replaced(tmp_path):
     demo.prepare_folder(tmp_path)
     with RunLock(tmp_path), pytest.raises(RunError, match="in use by another run"):
@@ -159,7 +172,7 @@ def test_control_with_shuffled_responses_learns_nothing(tmp_path):
     rows = demo.read_items(file)
     for row, other in zip(rows, np.random.default_rng(0).permutation(len(rows)), strict=True):
         row["messages"] = [row["messages"][0], rows[other]["messages"][-1]]
-    demo.write_rows(file, rows)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = demo.make_config(folder)
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     code, output = itune("train", "--config", tmp_path / "config.json", "--workdir", tmp_path / "run", cwd=tmp_path)
