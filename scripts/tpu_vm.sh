@@ -1,0 +1,219 @@
+#!/usr/bin/env bash
+# One TPU VM or a pod, from nothing to a running job and back: scripts/tpu_vm.sh VERB [OPTIONS] [-- COMMAND]
+#
+#   create   ask for the TPU as a queued resource and wait until it is there
+#   setup    copy the checkout (or --revision) to every worker, install itune[tpu], mount the bucket
+#   run      start COMMAND on every worker, detached; with --watch stay, and begin again after a preemption
+#   logs     what worker 0 has printed so far (--worker all: every worker)
+#   status   state of the TPU, and whether the command runs, ended (with which code), or was never started
+#   fetch    copy --from (a folder on worker 0 or in the bucket) here
+#   stop     end the command with SIGTERM: itune saves and leaves
+#   delete   give the TPU back; what is only on its disks is lost
+#
+# Options (or the environment: TPU_NAME, TPU_ZONE, TPU_TYPE, TPU_PROJECT, TPU_BUCKET):
+#   --name N           name of the TPU
+#   --zone Z           zone, such as us-west4-a
+#   --type T           accelerator type, such as v5litepod-16, v5p-8, v6e-8
+#   --project P        project (default: gcloud's own)
+#   --version V        runtime version (default: by the type)
+#   --slices N         slices of a multi-slice job (default 1)
+#   --spot             cheaper, may be taken back at any time
+#   --bucket gs://B    mounted on every worker as ~/bucket: put --workdir there, a pod needs one folder for all
+#   --revision R       install this git revision instead of the files as they are
+#   --worker W         worker for logs (default 0)
+#   --from F --to D    for fetch (default: to the current folder)
+#   --watch            for run: stay; after a preemption create, set up and run again, after a failure give up
+#   --poll S           seconds between two looks (default 30)
+#   --tries N          how often a preempted TPU is asked for again (default 20)
+#   --dry-run          print every command, run none
+#
+# A whole job:
+#   export TPU_NAME=tune TPU_ZONE=us-west4-a TPU_TYPE=v5litepod-16 TPU_BUCKET=gs://my-bucket
+#   scripts/tpu_vm.sh create --spot && scripts/tpu_vm.sh setup
+#   scripts/tpu_vm.sh run --spot --watch -- itune train --config sft --config.model.path=... --workdir bucket/runs/x
+#   scripts/tpu_vm.sh delete
+set -euo pipefail
+
+usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "$0"; }
+die() { echo "tpu_vm: $*" >&2; exit 2; }
+
+name=${TPU_NAME:-} zone=${TPU_ZONE:-} type=${TPU_TYPE:-} project=${TPU_PROJECT:-} bucket=${TPU_BUCKET:-}
+version='' slices=1 spot='' revision='' worker=0 from='' to=. watch='' poll=30 tries=20 dry='' command=()
+[ $# -gt 0 ] || { usage; exit 2; }
+verb=$1; shift
+case $verb in
+  create|setup|run|logs|status|fetch|stop|delete) ;;
+  -h|--help|help) usage; exit 0 ;;
+  *) die "unknown verb '$verb'; expected create, setup, run, logs, status, fetch, stop or delete" ;;
+esac
+while [ $# -gt 0 ]; do
+  case $1 in
+    --spot) spot=yes; shift ;;
+    --watch) watch=yes; shift ;;
+    --dry-run) dry=yes; shift ;;
+    --) shift; command=("$@"); break ;;
+    --name|--zone|--type|--project|--version|--slices|--bucket|--revision|--worker|--from|--to|--poll|--tries)
+      [ $# -ge 2 ] || die "$1 needs a value"
+      printf -v "${1#--}" '%s' "$2"; shift 2 ;;
+    *) die "unknown option '$1'; scripts/tpu_vm.sh --help lists them (the command to run stands after --)" ;;
+  esac
+done
+[ -n "$name" ] || die "--name (or TPU_NAME) is missing"
+[ -n "$zone" ] || die "--zone (or TPU_ZONE) is missing, such as us-west4-a"
+[[ $name =~ ^[a-z]([-a-z0-9]{0,60}[a-z0-9])?$ ]] || die "--name '$name': expected lower-case letters, digits and dashes"
+[[ $slices =~ ^[1-9][0-9]*$ ]] || die "--slices '$slices': expected a number of at least 1"
+[[ -z $bucket || $bucket == gs://* ]] || die "--bucket '$bucket': expected gs://NAME"
+
+where=(--zone "$zone" ${project:+--project "$project"})
+if [ "$slices" = 1 ]; then nodes=("$name"); else nodes=(); for ((i = 0; i < slices; i++)); do nodes+=("$name-$i"); done; fi
+
+# do CMD...: run it, or print it when dry
+do_() { if [ -n "$dry" ]; then printf '+'; printf ' %q' "$@"; echo; else "$@"; fi; }
+tpu() { do_ gcloud compute tpus "$@" "${where[@]}"; }
+
+# on_workers WORKER SCRIPT: the script on that worker (or all) of every slice; the first that fails decides
+on_workers() {
+  local node
+  for node in "${nodes[@]}"; do
+    tpu tpu-vm ssh "$node" --worker="$1" --command="$2" || { echo "tpu_vm: $node, worker $1: the command failed" >&2; return 1; }
+  done
+}
+
+runtime() {
+  case $type in
+    v6e-*) echo v2-alpha-tpuv6e ;;
+    v5litepod-*) echo v2-alpha-tpuv5-lite ;;
+    v5p-*) echo v2-alpha-tpuv5 ;;
+    v4-*) echo tpu-ubuntu2204-base ;;
+    *) die "--type '$type': its runtime version is not known; give --version" ;;
+  esac
+}
+
+# the state of the queued resource: ACTIVE, WAITING_FOR_RESOURCES, SUSPENDED, FAILED ..., or ABSENT
+state() {
+  [ -z "$dry" ] || { echo ACTIVE; return; }
+  gcloud compute tpus queued-resources describe "$name" "${where[@]}" --format='value(state.state)' 2>/dev/null || echo ABSENT
+}
+
+create() {
+  [ -n "$type" ] || die "--type (or TPU_TYPE) is missing, such as v5litepod-16"
+  local ids=(--node-id "$name") now
+  [ "$slices" = 1 ] || ids=(--node-count "$slices" --node-prefix "$name")
+  version=${version:-$(runtime)}
+  tpu queued-resources create "$name" "${ids[@]}" --accelerator-type "$type" --runtime-version "$version" ${spot:+--spot}
+  while now=$(state); [ "$now" != ACTIVE ]; do
+    case $now in
+      FAILED|SUSPENDED|ABSENT) echo "tpu_vm: $name is $now: no TPU came; see why with: scripts/tpu_vm.sh status" >&2; return 1 ;;
+    esac
+    echo "tpu_vm: $name is $now"
+    sleep "$poll"
+  done
+  echo "tpu_vm: $name is there; it costs money until: scripts/tpu_vm.sh delete --name $name --zone $zone"
+}
+
+setup() {
+  local archive node
+  archive=$(mktemp -d)
+  # shellcheck disable=SC2064  # the folder's name is meant as it is now
+  trap "rm -rf '$archive'" RETURN
+  if [ -n "$revision" ]; then
+    do_ git archive --format=tar.gz -o "$archive/itune.tar.gz" "$revision"
+  else
+    do_ tar -czf "$archive/itune.tar.gz" --exclude=./.git --exclude='./.venv*' --exclude=./runs --exclude=./models .
+  fi
+  for node in "${nodes[@]}"; do
+    tpu tpu-vm scp "$archive/itune.tar.gz" "$node:itune.tar.gz" --worker=all
+  done
+  local mount=''
+  [ -z "$bucket" ] || mount="mkdir -p ~/bucket && { mountpoint -q ~/bucket ||
+    { command -v gcsfuse >/dev/null || { . /etc/os-release
+        echo \"deb https://packages.cloud.google.com/apt gcsfuse-\$VERSION_CODENAME main\" | sudo tee /etc/apt/sources.list.d/gcsfuse.list
+        curl -fsS https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo tee /etc/apt/trusted.gpg.d/gcsfuse.asc >/dev/null
+        sudo apt-get -qq update && sudo apt-get -qq install -y gcsfuse; }
+      gcsfuse --implicit-dirs --rename-dir-limit=1000000 ${bucket#gs://} ~/bucket; }; }"
+  on_workers all "set -e
+    mkdir -p ~/itune && tar -xzf ~/itune.tar.gz -C ~/itune
+    [ -x ~/venv/bin/python ] || python3 -m venv ~/venv
+    ~/venv/bin/python -m pip install -q --upgrade '/home/'\$USER'/itune[tpu]'
+    $mount"
+}
+
+start() {
+  [ ${#command[@]} -gt 0 ] || die "run: give the command after --, such as -- itune train --config sft --workdir bucket/runs/x"
+  local job slice extra
+  # the shell around the command outlives SIGTERM, so that the exit code is there to read
+  job=$(printf '%q' "trap : TERM; ($(printf ' %q' "${command[@]}") ); echo \$? > job.rc")
+  for ((slice = 0; slice < ${#nodes[@]}; slice++)); do
+    extra=''  # slices find each other by the first one's address, the workers of one by the TPU's own metadata
+    [ "$slices" = 1 ] || extra="MEGASCALE_NUM_SLICES=$slices MEGASCALE_SLICE_ID=$slice MEGASCALE_COORDINATOR_ADDRESS=$coordinator"
+    tpu tpu-vm ssh "${nodes[$slice]}" --worker=all --command="set -e
+      if [ -f job.pid ] && kill -0 \$(cat job.pid) 2>/dev/null; then echo 'a command runs here already: stop it first' >&2; exit 1; fi
+      rm -f job.rc job.stop
+      env $extra PATH=\$HOME/venv/bin:\$PATH setsid nohup bash -c $job > job.log 2>&1 < /dev/null &
+      echo \$! > job.pid"
+  done
+}
+
+# runs, never, lost (it ended and left no code), stopped (by stop), an exit code, or nothing when worker 0 does not answer
+job() {
+  gcloud compute tpus tpu-vm ssh "${nodes[0]}" "${where[@]}" --worker=0 --command="
+    if [ -f job.rc ]; then if [ -f job.stop ]; then echo stopped; else cat job.rc; fi
+    elif [ ! -f job.pid ]; then echo never; elif kill -0 \$(cat job.pid) 2>/dev/null; then echo runs; else echo lost; fi" 2>/dev/null || true
+}
+
+run() {
+  local left=$tries now ended coordinator=''
+  [ "$slices" = 1 ] || coordinator=${dry:+ADDRESS-OF-${nodes[0]}}
+  [ "$slices" = 1 ] || [ -n "$dry" ] || coordinator=$(gcloud compute tpus tpu-vm describe "${nodes[0]}" "${where[@]}" \
+    --format='value(networkEndpoints[0].ipAddress)')
+  start
+  [ -n "$watch" ] || { echo "tpu_vm: started; see it with: scripts/tpu_vm.sh logs --name $name --zone $zone"; return; }
+  [ -z "$dry" ] || { echo "# then every $poll s: state and exit code; after a preemption delete, create, setup, run"; return; }
+  while :; do
+    now=$(state) ended=$(job)
+    case $now in
+      ACTIVE|PROVISIONING|ACCEPTED|WAITING_FOR_RESOURCES) ;;
+      *) ended=preempted ;;
+    esac
+    case $ended in
+      0) echo "tpu_vm: the command is done"; return 0 ;;
+      stopped) echo "tpu_vm: the command was stopped"; return 143 ;;
+      runs|'') ;;  # no answer: the state will say whether the TPU is gone
+      143|lost|preempted)
+        [ $((left--)) -gt 0 ] || { echo "tpu_vm: taken back $tries times; giving up" >&2; return 1; }
+        echo "tpu_vm: $name was taken back ($now, $ended): asking for it again"
+        [ "$now" = ACTIVE ] || { remove || true; create; setup; }
+        start ;;
+      *) echo "tpu_vm: the command ended with code $ended; its last lines:" >&2; logs >&2; return 1 ;;
+    esac
+    sleep "$poll"
+  done
+}
+
+logs() { on_workers "$worker" 'tail -n 200 job.log'; }
+
+status() {
+  [ -z "$dry" ] || { tpu queued-resources describe "$name"; return; }
+  echo "TPU: $(state)"
+  echo "command: $(job)"
+}
+
+fetch() {
+  [ -n "$from" ] || die "fetch: --from is missing: a folder on worker 0, or gs://..."
+  if [[ $from == gs://* ]]; then do_ gcloud storage cp -r "$from" "$to"; else
+    tpu tpu-vm scp --recurse "${nodes[0]}:$from" "$to" --worker=0
+  fi
+}
+
+# the whole process group, so that itune gets the signal and not only the shell around it
+stop() {
+  on_workers all "if [ -f job.pid ] && touch job.stop && kill -TERM -- -\$(cat job.pid) 2>/dev/null
+    then echo 'asked to save and leave'; else echo 'nothing runs'; fi"
+}
+
+remove() { tpu queued-resources delete "$name" --force --quiet; }
+
+case $verb in
+  delete) remove ;;
+  *) "$verb" ;;
+esac
