@@ -33,8 +33,8 @@ def torch_lora_8b(
     for name, batches in (
         ("whole", whole_batches(2, rows, length, vocab)), ("packed", packed_batches(2, rows, length, vocab)[0]),
     ):
-        line = {"system": f"peft {peft.__version__}, transformers {transformers.__version__}, torch {torch.__version__}",
-                "rows_are": name, "rows": rows, "length": length, "checkpointing": checkpointing}
+        versions = ", ".join(f"{m.__name__} {m.__version__}" for m in (peft, transformers, torch))
+        line = {"system": versions, "rows_are": name, "rows": rows, "length": length, "checkpointing": checkpointing}
         try:
             line |= _time(model, size, batches, steps, device, rank)
         except torch.cuda.OutOfMemoryError:

@@ -6,8 +6,8 @@
 
 1. device: what is there. 2. backend: which attention `auto` takes. 3. training: 50 steps of a random 0.5B model on
 packed rows: loss, real tokens per second, MFU (formula and peak stated), memory. 4. agreement: the model's loss through
-the chosen backend and through XLA. 5. attention: each kernel on packed segments, output and gradients against XLA's dense
-attention in float32, and milliseconds.
+the chosen backend and through XLA. 5. attention: each kernel on packed segments, output and gradients against XLA's
+dense attention in float32, and milliseconds.
 """
 
 from __future__ import annotations
@@ -167,8 +167,8 @@ def check_training(model: Model, batches: list[Batch], mesh: Any, steps: int, ch
 
 
 def measure_training(
-    model: Model, batches: list[Batch], mesh: Any, steps: int, chunk: int, *, warm_up: int = 5, lora: Lora | None = None,
-    stochastic_rounding: bool = False, **settings: Any,
+    model: Model, batches: list[Batch], mesh: Any, steps: int, chunk: int, *, warm_up: int = 5,
+    lora: Lora | None = None, stochastic_rounding: bool = False, **settings: Any,
 ) -> dict[str, Any]:
     """Real tokens a second, MFU and memory of the training step from random weights; the first steps, with
     compilation, are not timed. `settings` are fields of the config's optimizer section."""

@@ -18,7 +18,6 @@ from itune.sharding import constrain
 from itune.types import InputError
 
 
-
 def keep_products(primitive: Any, *inputs: Any, **params: Any) -> Any:
     """Keep matrix products and what attention kernels put out (cuDNN's, and Pallas's of TPU and GPU)."""
     kernel = primitive.name == "pallas_call" or primitive.name.startswith("dot_product_attention_fwd")

@@ -24,8 +24,8 @@ MAX_SEGMENTS = 32  # a row, when nobody says; see `cudnn`
 GROUPED_SINCE = (0, 11, 1)  # the first jax whose packed cuDNN attention reads grouped keys from the right place
 TOLERANCE = 0.03  # bfloat16 kernel against float32 reference, relative to the largest entry: a wrong kernel is off by 1
 TRITON_BLOCK = 128
-# compiler options for XLA's own attention where it is only compared with: XLA tries out many ways to run each product of
-# each block, which took over a minute a shape on an H200
+# compiler options for XLA's own attention where it is only compared with: XLA tries out many ways to run each product
+# of each block, which took over a minute a shape on an H200
 UNTUNED = {"xla_gpu_autotune_level": 0}
 
 
