@@ -144,7 +144,9 @@ def get_config() -> ConfigDict:
     c.eval.batch_size = 16  # rows
     c.eval.max_new_tokens = 64  # tokens a generated answer may have
     c.eval.limit = 0  # items that generation evaluators answer; 0 is all
-    c.eval.score = "exact"  # what is right: exact | normalized | package.module:function with arguments (item, answer)
+    # what is right: exact | normalized | contains | rouge_l | maths | constraints | constraints_loose |
+    # package.module:function with arguments (item, answer)
+    c.eval.score = "exact"
     c.eval.by = "category"  # metadata field whose values results are broken down by
     c.eval.groups = ()  # further fields to break results down by, such as ("annotator",)
     c.eval.patience = 0  # stop after so many evaluations in a row without a better eval.metric; 0 is off

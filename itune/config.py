@@ -106,7 +106,7 @@ class EvalSection:
     batch_size: int = _key(16, "rows", 1)
     max_new_tokens: int = _key(64, "tokens", 1)
     limit: int = _key(0, "items, 0 is all", 0)
-    score: str = _key("exact", "exact, normalized or package.module:function")
+    score: str = _key("exact", "name or package.module:function")
     by: str = _key("category", "field of the metadata")
     groups: tuple = _key((), "fields of the metadata")
     patience: int = _key(0, "evaluations, 0 is off", 0)

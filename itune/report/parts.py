@@ -22,7 +22,7 @@ PAIRED_WORDS = (
 
 def curves(one: RunFiles, two: RunFiles | None = None) -> str:
     """Loss with the held-out loss, gradient norm, learning rate and speed, of one run or two."""
-    runs = [(one, "one"), *([(two, "two")] if two else [])]
+    runs = [(one, "one wide"), (two, "two")] if two else [(one, "one")]
     figures = []
     for key, title, unit in CURVES:
         lines: list[Series] = []

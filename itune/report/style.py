@@ -26,6 +26,7 @@ svg text { font: 12px system-ui, sans-serif; fill: var(--dim); } .grid { stroke:
 .line { fill: none; stroke-width: 1.8; stroke-linejoin: round; } .bar { stroke-width: 1.4; }
 .line.one, .dot.one, .bar.one { stroke: var(--one); }
 .line.two, .dot.two, .bar.two { stroke: var(--two); } .dot { fill: var(--panel); stroke-width: 2; }
+.line.wide { stroke-width: 4.5; opacity: .45; } .line.wide.dash { stroke-width: 3; }
 .line.dash { stroke-dasharray: 5 4; stroke-width: 1.4; }
 .scroll { overflow-x: auto; max-width: 100%; } table { border-collapse: collapse; font-size: .92rem; }
 th, td { padding: .25rem .9rem .25rem 0; text-align: left; vertical-align: top; }

@@ -24,8 +24,7 @@ def cell(summary: Mapping[str, Any], name: str) -> str:
         return f'<td class="number dim">{DASH}</td>'
     bounds = shown.bounds(summary, name)
     share = is_rate(name, value) and bounds is not None
-    below = f"<small>{_shown(bounds[0], share)} to {_shown(bounds[1], share)}</small>" if bounds else ""
-    return f'<td class="number">{_shown(value, share)}{below}</td>'
+    return f'<td class="number">{_shown(value, share)}{_bounds(bounds, share)}</td>'
 
 
 def is_rate(name: str, value: float) -> bool:
@@ -38,6 +37,14 @@ def _shown(value: float, share: bool, sign: bool = False) -> str:
     if share:  # a difference of percentages is in points
         return f"{100 * value:{plus}.1f} {'points' if sign else '%'}"
     return f"{value:{plus},}" if isinstance(value, int) else f"{value:{plus}.4g}"
+
+
+def _bounds(bounds: tuple[float | None, float | None] | None, share: bool, sign: bool = False) -> str:
+    """The interval in small letters, the unit said once; "" where it is not known."""
+    if bounds is None or bounds[0] is None or bounds[1] is None:
+        return ""
+    low, high = (_shown(end, share, sign) for end in bounds if end is not None)
+    return f"<small>{low.split(' ')[0]} to {high}</small>"
 
 
 def evaluation_table(columns: Sequence[Column]) -> str:
@@ -85,26 +92,24 @@ def paired_table(found: Mapping[str, Any], names: tuple[str, str] = ("base", "tu
     share = scored
     ends = [abs(part[f"difference{end}"] or 0) for _, _, part in rows for end in ("", "_low", "_high")]
     limit = min(1.0, max(ends)) if scored else max(ends)
-    head = "".join(f'<th class="number">{html.escape(title)}</th>' for title in ("items", *names, "difference"))
-    last = '<th class="number">smallest shown</th>' if scored else ""
+    titles = ("won / lost / tied", *names, "items", *(["smallest shown"] if scored else []))
+    head = "".join(f'<th class="number">{html.escape(title)}</th>' for title in titles)
     body = []
     for kind, name, part in rows:
-        numbers = []
+        numbers = {}
         for key in ("base", "tuned", "difference"):
-            low, high, sign = part[f"{key}_low"], part[f"{key}_high"], key == "difference"
-            below = ("" if low is None or high is None else
-                     f"<small>{_shown(low, share, sign)} to {_shown(high, share, sign)}</small>")
-            numbers.append(f'<td class="number">{_shown(part[key], share, sign)}{below}</td>')
+            bounds, sign = (part[f"{key}_low"], part[f"{key}_high"]), key == "difference"
+            numbers[key] = f'<td class="number">{_shown(part[key], share, sign)}{_bounds(bounds, share, sign)}</td>'
         drawn = forest(part["difference"], part["difference_low"], part["difference_high"], limit, part["sure"])
         label = f'<span class="label">{html.escape(kind)}</span> ' if kind else ""
         smallest = f'<td class="number">{_shown(part["detectable"], share, True).lstrip("+")}</td>' if scored else ""
         body.append(
             f'<tr><td>{label}{html.escape(name)}</td>'
-            f'<td class="number">{part["n"]}<small>{part["clusters"]} tasks</small></td>'
-            f'{"".join(numbers)}<td>{drawn}</td><td class="number"><span class="good">{part["wins"]}</span> / '
-            f'<span class="bad">{part["losses"]}</span> / {part["ties"]}</td>{smallest}</tr>'
+            f'{numbers["difference"]}<td>{drawn}</td><td class="number"><span class="good">{part["wins"]}</span> / '
+            f'<span class="bad">{part["losses"]}</span> / {part["ties"]}</td>{numbers["base"]}{numbers["tuned"]}'
+            f'<td class="number">{part["n"]}<small>{part["clusters"]} tasks</small></td>{smallest}</tr>'
         )
-    top = f'<tr><th></th>{head}<th></th><th class="number">won / lost / tied</th>{last}</tr>'
+    top = f'<tr><th></th><th class="number">difference</th><th></th>{head}</tr>'
     return f'<div class="scroll"><table>{top}{"".join(body)}</table></div>'
 
 
