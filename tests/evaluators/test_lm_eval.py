@@ -171,6 +171,10 @@ def test_what_is_missing_is_said(tasks, monkeypatch):
         evaluators.find_evaluator("lm_eval")(from_dict({"eval": {"lm_eval": ["a"], "lm_eval_options": {"limits": 3}}}))
     with pytest.raises(InputError, match="no folder nowhere"):
         task_manager(("choose",), "nowhere")
+    import lm_eval.tasks
+
+    whole = lm_eval.tasks.TaskManager  # without the harness's own tasks, which take long to read
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda **given: whole(**{**given, "include_defaults": False}))
     with pytest.raises(InputError, match=r"no task 'chose'.*did you mean choose"):
         task_manager(("chose",), str(tasks))
     monkeypatch.setitem(sys.modules, "lm_eval", None)
