@@ -101,7 +101,9 @@ def make_plan(config: Config, data: Data, log: Log, devices: Sequence[Any] | Non
     tuning = make_tuning(config, model)
     trainable, frozen = tuning.abstract()
     optimizer = make_optimizer(config.optimizer, data.loader.total_steps, trainable)
-    objective = make_sft(model, config.loss.weighting, config.loss.chunk, parameters=tuning.parameters)
+    objective = make_sft(
+        model, config.loss.weighting, config.loss.chunk, parameters=tuning.parameters, router_aux=config.loss.router_aux
+    )
     step = make_train_step(
         objective, optimizer, make_schedule(config.optimizer, data.loader.total_steps), mesh,
         accumulation=config.train.accumulation, clip_norm=config.optimizer.clip_norm,

@@ -123,7 +123,7 @@ def make_train_step(
     are divided once by the weight sum of the whole batch, then clipped to the global norm `clip_norm` (0: not).
     Metrics (device scalars): loss (what is minimised), grad_norm (before clipping), learning_rate (the one used),
     accuracy, supervised_tokens (weight above 0), tokens (padding left out), finite (loss and norm are; if not,
-    parameters and moments stay as they were).
+    parameters and moments stay as they were); router_aux where the objective has it (before its coefficient).
     With `stochastic_rounding` bfloat16 parameters take their update at random up or down (`itune.rounding`), by the
     state's rng and step. Raises InputError at the first call when the batch cannot be cut.
     """
@@ -155,6 +155,8 @@ def make_train_step(
             "tokens": sums["tokens"],
             "finite": finite,
         }
+        if "router_aux" in sums:
+            metrics["router_aux"] = sums["router_aux"] * inverse
         return state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state), metrics
 
     return TrainStep(train_step)

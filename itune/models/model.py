@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from itune.models.architecture import ModelConfig
 from itune.models.attention.cache import init_cache
 from itune.models.layers import ADAPTERS, AXES, linear, softcap, widening_linear
+from itune.models.moe import BALANCE, balance_loss
 from itune.models.transformer import Decoder, Settings
 from itune.sharding import check_divisible, tree_shardings
 
@@ -71,12 +72,29 @@ class Model:
 
         `rng` is for `dropout`: without one nothing is drawn.
         """
-        segments_BL, positions_BL = _defaults(tokens_BL, segment_ids_BL, positions_BL)
+        return self._apply(params, tokens_BL, segment_ids_BL, positions_BL, rng, False)
+
+    def hidden_and_balance(
+        self,
+        params: Any,
+        tokens_BL: jax.Array,
+        segment_ids_BL: jax.Array | None = None,
+        positions_BL: jax.Array | None = None,
+        *,
+        rng: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """`hidden`, and the load-balancing loss of its routers (float32, see `itune.models.moe.balance_loss`)."""
+        hidden_BLD, left = self._apply(params, tokens_BL, segment_ids_BL, positions_BL, rng, [BALANCE])
+        return hidden_BLD, balance_loss(left[BALANCE])
+
+    def _apply(
+        self, params: Any, tokens_BL: Any, segments_BL: Any, positions_BL: Any, rng: jax.Array | None, mutable: Any
+    ) -> Any:
+        segments_BL, positions_BL = _defaults(tokens_BL, segments_BL, positions_BL)
         rngs = {"dropout": rng} if rng is not None and self.dropout else None
-        hidden_BLD: Any = self._decoder().apply(
-            _collections(params), tokens_BL, segments_BL, positions_BL, rngs=rngs
+        return self._decoder().apply(
+            _collections(params), tokens_BL, segments_BL, positions_BL, rngs=rngs, mutable=mutable
         )
-        return hidden_BLD
 
     def unembed(self, params: Any) -> jax.Array:
         """The kernel (V, D) that turns hidden states into logits, as stored: the head, or the tied embedding."""

@@ -24,6 +24,9 @@ BY_EXPERT = jax.lax.RaggedDotDimensionNumbers(
 )
 
 
+BALANCE = "balance"  # the collection in which layers leave the sums of `balance_loss`, when somebody asks for it
+
+
 class Stack(nn.Module):
     """A projection of every expert: kernel (E, out, in), bias (E, out) where there is one, and where there is an
     adapter its a (E, rank, in) and b (E, out, rank)."""
@@ -72,9 +75,12 @@ class MoE(nn.Module):
     mesh: Mesh | None
 
     @nn.compact
-    def __call__(self, x_BLD: jax.Array) -> jax.Array:
+    def __call__(self, x_BLD: jax.Array, segments_BL: jax.Array) -> jax.Array:
         e = self.experts
-        chosen_BLC, weights_BLC = route(e, Router(self.config, e, self.param_dtype, name="router")(x_BLD))
+        logits_BLE = Router(self.config, e, self.param_dtype, name="router")(x_BLD)
+        chosen_BLC, weights_BLC = route(e, logits_BLE)
+        if self.is_mutable_collection(BALANCE):
+            self.sow(BALANCE, "sums", balance_sums(logits_BLE, chosen_BLC, segments_BL), reduce_fn=lambda _, sums: sums)
         stacks = Stacks(self.config, e, self.param_dtype, name="experts")()
         stacks = jax.tree.map(lambda leaf: leaf.astype(self.dtype), stacks)
         run = functools.partial(mix, e, ACTIVATIONS[self.config.activation])
@@ -132,6 +138,35 @@ def route(e: Experts, logits_BLE: jax.Array) -> tuple[jax.Array, jax.Array]:
     if e.normalise:
         weights_BLC = weights_BLC / weights_BLC.sum(axis=-1, keepdims=True)
     return chosen_BLC, weights_BLC
+
+
+def balance_sums(logits_BLE: jax.Array, chosen_BLC: jax.Array, segments_BL: jax.Array) -> dict[str, jax.Array]:
+    """Sums over the tokens of one layer, padding left out: how often each expert was chosen (E,), router probabilities
+    (E,) and tokens (), all float32."""
+    on_BL1 = (segments_BL > 0).astype(jnp.float32)[..., None]
+    # one slot of the choice at a time: (B, L, C, E) at once would be larger than the hidden states
+    chosen_E = sum(
+        jnp.sum(on_BL1 * jax.nn.one_hot(chosen_BLC[..., slot], logits_BLE.shape[-1]), (0, 1))
+        for slot in range(chosen_BLC.shape[-1])
+    )
+    probabilities_E = jnp.sum(on_BL1 * jax.nn.softmax(logits_BLE, axis=-1), (0, 1))
+    return {"chosen": jnp.asarray(chosen_E), "probabilities": probabilities_E, "tokens": jnp.sum(on_BL1)}
+
+
+def balance_loss(collected: Any) -> jax.Array:
+    """The auxiliary loss that evens out the load of experts: E * sum over experts of share chosen * mean probability.
+
+    Both are means over the tokens of all layers together (Switch Transformer, arXiv 2101.03961, equations 4 to 6, and
+    transformers' `load_balancing_loss_func`). `collected`: the sums that the layers left in `BALANCE`, stacked or not.
+    """
+    totals: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(collected):
+        name = path[-1].key
+        last = 0 if name == "tokens" else 1
+        totals[name] = totals.get(name, 0) + jnp.sum(leaf, tuple(range(leaf.ndim - last)))
+    tokens = jnp.maximum(totals["tokens"], 1)
+    experts = totals["chosen"].shape[0]
+    return experts * jnp.sum((totals["chosen"] / tokens) * (totals["probabilities"] / tokens))
 
 
 def mix(

@@ -13,7 +13,7 @@ from itune.models.architecture import LayerKind, ModelConfig, Rope, layer_plan
 from itune.models.attention import attention
 from itune.models.attention.cache import read, write
 from itune.models.layers import ADAPTERS, MLP, Dense, RMSNorm, rope_tables, rotate
-from itune.models.moe import MoE
+from itune.models.moe import BALANCE, MoE
 from itune.sharding import constrain
 from itune.types import InputError
 
@@ -138,7 +138,9 @@ class Layer(nn.Module):
         if self.kind.experts is None:
             mixed_BLD = MLP(c, s.dtype, s.param_dtype, s.dropout, name="mlp")(normed_BLD)
         else:
-            mixed_BLD = MoE(c, self.kind.experts, s.dtype, s.param_dtype, s.mesh, name="mlp")(normed_BLD)
+            mixed_BLD = MoE(c, self.kind.experts, s.dtype, s.param_dtype, s.mesh, name="mlp")(
+                normed_BLD, context.q_segments_BL
+            )
         hidden_BLD = add(norm("mlp_post_norm", after, mixed_BLD))
         return constrain(hidden_BLD, s.mesh, ("batch", "length", None)), cache
 
@@ -178,7 +180,7 @@ class Decoder(nn.Module):
         if repeats:
             scanned = nn.scan(
                 Block,
-                variable_axes={"params": 0, ADAPTERS: 0},
+                variable_axes={"params": 0, ADAPTERS: 0, BALANCE: 0},
                 split_rngs={"params": True, "dropout": True},
                 in_axes=(0, nn.broadcast),
                 length=repeats,

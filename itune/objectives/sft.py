@@ -27,6 +27,7 @@ def make_sft(
     chunk: int = 1024,
     *,
     parameters: Callable[[Any, Any], Any] = full_parameters,
+    router_aux: float = 0.0,
 ) -> Objective:
     """The objective of supervised fine-tuning for `model`. Its step minimises, over the global batch:
 
@@ -35,20 +36,26 @@ def make_sft(
     before they counted tokens globally; it depends on `train.accumulation`. sum: sum(w * nll), divided by nothing.
 
     `chunk`: tokens whose logits exist at one time on each device. `parameters(trainable, frozen)`: what the model
-    reads. Raises InputError for an unknown weighting.
+    reads. `router_aux` times the load-balancing loss of the routers joins what is minimised: each micro-batch's own,
+    their mean by weight. Raises InputError for an unknown weighting, and for `router_aux` on a model without experts.
     """
     if weighting not in WEIGHTINGS:
         near = difflib.get_close_matches(weighting, WEIGHTINGS, n=1)
         hint = f" (nearest: {near[0]})" if near else ""
         raise InputError(f"config: loss.weighting must be one of {', '.join(WEIGHTINGS)}, found {weighting!r}{hint}")
+    divide = weighting != "sum"
+    if router_aux and all(kind.experts is None for kind in model.config.kinds):
+        raise InputError(f"config: loss.router_aux={router_aux} needs a mixture of experts, and this model has none; "
+                         "set it to 0")
 
-    def cross_entropy(trainable: Any, frozen: Any, batch: Batch, weights_BL: Any, rng: Any) -> CrossEntropy:
-        params = parameters(trainable, frozen)
-        hidden_BLD = model.hidden(params, batch.tokens_BL, batch.segment_ids_BL, batch.positions_BL, rng=rng)
-        kernel_VD = model.unembed(params)
+    def cross_entropy(params: Any, hidden_BLD: Any, batch: Batch, weights_BL: Any) -> CrossEntropy:
         return chunked_cross_entropy(
-            model.head_logits, kernel_VD, hidden_BLD, batch.targets_BL, weights_BL, chunk=chunk, mesh=model.mesh
+            model.head_logits, model.unembed(params), hidden_BLD, batch.targets_BL, weights_BL, chunk=chunk,
+            mesh=model.mesh,
         )
+
+    def hidden(params: Any, batch: Batch, rng: Any) -> Any:
+        return model.hidden(params, batch.tokens_BL, batch.segment_ids_BL, batch.positions_BL, rng=rng)
 
     def loss(trainable: Any, frozen: Any, batch: Batch, rng: Any) -> tuple[Any, Any, dict[str, Any]]:
         weights_BL, weight_sum = batch.loss_weights_BL, jnp.sum(batch.loss_weights_BL)
@@ -57,14 +64,24 @@ def make_sft(
         if weighting == "microbatch_mean":
             weights_BL = weights_BL / jnp.where(weight_sum > 0, weight_sum, 1)
             weight_sum = (weight_sum > 0).astype(jnp.float32)
-        result = cross_entropy(trainable, frozen, batch, weights_BL, rng)
-        return result.loss_sum, weight_sum, {"correct": jnp.sum(result.correct)}
+        params = parameters(trainable, frozen)
+        if not router_aux:
+            result = cross_entropy(params, hidden(params, batch, rng), batch, weights_BL)
+            return result.loss_sum, weight_sum, {"correct": jnp.sum(result.correct)}
+        hidden_BLD, balance = model.hidden_and_balance(
+            params, batch.tokens_BL, batch.segment_ids_BL, batch.positions_BL, rng=rng
+        )
+        result = cross_entropy(params, hidden_BLD, batch, weights_BL)
+        balance *= jax.lax.stop_gradient(weight_sum) if divide else 1
+        metrics = {"correct": jnp.sum(result.correct), "router_aux": balance}
+        return result.loss_sum + router_aux * balance, weight_sum, metrics
 
     def per_token(trainable: Any, frozen: Any, batch: Batch) -> tuple[Any, Any]:
-        result = cross_entropy(trainable, frozen, batch, batch.loss_weights_BL, None)
+        params = parameters(trainable, frozen)
+        result = cross_entropy(params, hidden(params, batch, None), batch, batch.loss_weights_BL)
         return result.nll, result.correct
 
-    return Objective(loss, per_token, divide=weighting != "sum")
+    return Objective(loss, per_token, divide)
 
 
 def example_weights(weights_BL: Any, segment_ids_BL: Any) -> tuple[Any, Any]:
