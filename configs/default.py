@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     c = ConfigDict(convert_dict=False)
     c.seed = 0  # decides data order, dropout and sampling
-    c.compat = ""  # "trl": epoch windows, data order and clip epsilon as TRL has them
+    c.compat = ""  # "trl": data order and micro-batches as TRL has them, see docs/from_trl.md
     c.evaluators = ("heldout_loss",)  # names of files in itune/evaluators
 
     c.model = ConfigDict()

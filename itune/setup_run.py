@@ -53,8 +53,7 @@ class Plan:
 def prepare_data(config: Config, log: Log) -> Data:
     """Read, render, pack; says what is kept and what is dropped. Touches no device and reads no weights."""
     from itune.data.dataset import prepare
-    from itune.data.loader import Loader
-    from itune.data.mixture import Mixture
+    from itune.data.loader import make_loader
     from itune.data.templates import load_tokenizer
 
     if not config.model.path:
@@ -63,11 +62,7 @@ def prepare_data(config: Config, log: Log) -> Data:
         raise InputError("config: data.train is empty; set it to a file, a folder or a dataset id")
     tokenizer = load_tokenizer(config.model.path, config.data.chat_template, config.model.revision or None)
     dataset = prepare(config.data, tokenizer, seed=config.seed, log=log)
-    loader = Loader(
-        dataset.train, batch_size=config.train.batch_size, max_length=config.data.max_length,
-        packing=config.data.packing, seed=config.seed, epochs=config.train.epochs, max_steps=config.train.max_steps,
-        mixture=Mixture.of(config.data),
-    )
+    loader = make_loader(config, dataset.train)
     dataset.report["mixture"] = loader.realised()
     log(
         f"plan: {loader.total_steps} steps ({loader.steps_per_epoch} an epoch), {config.train.batch_size} rows of "
@@ -81,8 +76,6 @@ def make_plan(config: Config, data: Data, log: Log, devices: Sequence[Any] | Non
 
     `devices`: what to plan for, this machine's by default; they need not be there (`itune.plan.compile`).
     """
-    if config.compat:
-        raise InputError(f"config: compat={config.compat!r} is not supported by this version; leave it out")
     check_evaluators(config, data.dataset)
     check_patience(config)
     mesh = make_mesh(dataclasses.asdict(config.mesh), devices)

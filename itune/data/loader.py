@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from itune.data.mixture import Mixture, draws, realised
+from itune.data.order import consecutive, torch_permutation
 from itune.data.packing import pack
 from itune.data.store import ExampleStore
 from itune.types import Batch, InputError
@@ -27,17 +28,23 @@ class Loader:
 
     batch_size: rows of the global batch. max_length: tokens a row. packing: several examples a row. seed: decides the
     order of every epoch. epochs: passes over the data, 1.5 is one and a half. max_steps: where above 0, the number of
-    steps instead. mixture: a Mixture, or source name -> weight; None or {} takes each example once an epoch. Raises
-    InputError for an empty store, an example longer than max_length, or a mixture that does not fit the sources.
+    steps instead. mixture: a Mixture, or source name -> weight; None or {} takes each example once an epoch. compat:
+    "trl" gives TRL's order: rows in the order of the files (packed once, not anew in every epoch), permuted for epoch e
+    as torch does with seed + e, and micro-batches of consecutive rows, for which `accumulation` is needed. Raises
+    InputError for an empty store, an example longer than max_length, or a mixture that does not fit sources or compat.
     """
 
     def __init__(self, store: ExampleStore, *, batch_size: int, max_length: int, packing: bool = True, seed: int = 0,
-                 epochs: float = 1.0, max_steps: int = 0,
-                 mixture: Mixture | Mapping[str, float] | None = None):  # fmt: skip
+                 epochs: float = 1.0, max_steps: int = 0, mixture: Mixture | Mapping[str, float] | None = None,
+                 compat: str = "", accumulation: int = 1):  # fmt: skip
         if len(store) == 0:
             raise InputError("data.train: no example is left to train on; see the drops in the data report")
         self.store, self.batch_size, self.max_length = store, batch_size, max_length
         self.packing, self.seed, self.mixture = packing, seed, Mixture.of(mixture)
+        self.compat, self.accumulation = compat, accumulation
+        if compat and self.mixture:
+            raise InputError(f"data.mixture: cannot be followed with compat={compat!r}, which takes each row once an "
+                             "epoch; leave one of them out")
         self._step_ends: list[int] = []
         self.steps_per_epoch = self._epoch_steps(0)
         self.total_steps = max_steps or self._steps_of(epochs)
@@ -55,6 +62,7 @@ class Loader:
         weights, keys = sorted(self.mixture.mixture.items()), self.mixture.set_keys()
         if self.mixture.balance:
             keys.append(("categories", hashlib.sha256(self.store.categories.tobytes()).hexdigest()))
+        parts += [self.compat] if self.compat else []
         return hashlib.sha256(json.dumps([*parts, weights, *keys]).encode()).hexdigest()
 
     def realised(self) -> dict[str, Any]:
@@ -95,7 +103,8 @@ class Loader:
 
     def _members(self, step: int) -> Rows:
         epoch, inside = self._locate(step)
-        return self._plan(epoch)[inside * self.batch_size : (inside + 1) * self.batch_size]
+        rows = self._plan(epoch)[inside * self.batch_size : (inside + 1) * self.batch_size]
+        return consecutive(rows, self.batch_size, self.accumulation) if self.compat else rows
 
     def _locate(self, step: int) -> tuple[int, int]:
         """(epoch, step within it)."""
@@ -122,17 +131,30 @@ class Loader:
     @functools.lru_cache(maxsize=2)  # noqa: B019 (a loader lives as long as its run)
     def _plan(self, epoch: int) -> Rows:
         """Rows of example indices of one epoch, in training order."""
+        if self.compat:
+            rows = self._rows_of(np.arange(len(self.store)))
+            return [rows[i] for i in torch_permutation(len(rows), self.seed + epoch).tolist()]
         rng = np.random.default_rng([self.seed, epoch])
         chosen = draws(self.store, self.mixture, (self.seed, epoch))
-        chosen = chosen[rng.permutation(len(chosen))]
-        if self.packing:
-            rows = [chosen[row] for row in pack(self.store.lengths[chosen], self.max_length)]
-        else:
-            longest = int(self.store.lengths[chosen].max())
-            if longest > self.max_length:
-                raise InputError(f"an example has {longest} tokens; expected at most data.max_length={self.max_length}")
-            rows = [chosen[i : i + 1] for i in range(len(chosen))]
+        rows = self._rows_of(chosen[rng.permutation(len(chosen))])
         return [rows[i] for i in rng.permutation(len(rows)).tolist()]
+
+    def _rows_of(self, chosen: np.ndarray) -> Rows:
+        """Examples in rows: several a row, or one."""
+        if self.packing:
+            return [chosen[row] for row in pack(self.store.lengths[chosen], self.max_length)]
+        longest = int(self.store.lengths[chosen].max())
+        if longest > self.max_length:
+            raise InputError(f"an example has {longest} tokens; expected at most data.max_length={self.max_length}")
+        return [chosen[i : i + 1] for i in range(len(chosen))]
+
+
+def make_loader(config: Any, store: ExampleStore) -> Loader:
+    """The loader of a run's config."""
+    data, train = config.data, config.train
+    return Loader(store, batch_size=train.batch_size, max_length=data.max_length, packing=data.packing,
+                  seed=config.seed, epochs=train.epochs, max_steps=train.max_steps, mixture=Mixture.of(data),
+                  compat=config.compat, accumulation=train.accumulation)  # fmt: skip
 
 
 def fullest(rows: Rows) -> int:

@@ -11,8 +11,7 @@ import numpy as np
 from itune.config import Config
 from itune.data.dataset import Dataset, prepare
 from itune.data.jsonl import read_jsonl
-from itune.data.loader import Loader
-from itune.data.mixture import Mixture
+from itune.data.loader import Loader, make_loader
 from itune.data.overlong import Fitted, fit
 from itune.data.render import render_many
 from itune.data.selection import conversations
@@ -130,11 +129,7 @@ def stats(config: Config, console: Any = None) -> dict[str, Any]:
     console = console or _console()
     lines: list[str] = []
     dataset = prepare(config.data, _tokenizer(config), seed=config.seed, log=lines.append)
-    loader = Loader(
-        dataset.train, batch_size=config.train.batch_size, max_length=config.data.max_length, seed=config.seed,
-        packing=config.data.packing, epochs=config.train.epochs, max_steps=config.train.max_steps,
-        mixture=Mixture.of(config.data),
-    )  # fmt: skip
+    loader = make_loader(config, dataset.train)
     numbers = summary(dataset, loader)
     for line in [*lines, *_stat_lines(numbers, dataset, loader)]:
         console.print(line)
