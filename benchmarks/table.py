@@ -1,0 +1,86 @@
+"""results.json (all rows, unrounded) -> RESULTS.md."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from benchmarks.row import names
+
+HEAD = """# Results
+
+Written by `python -m benchmarks.run`; unrounded numbers stand in `results.json`. A row is a comparison in separate
+processes, in turn, on the same inputs; numbers are medians of the rounds with the lowest and the highest. "Found" is
+itune's number over the peer's, or its own where no peer is named. Rows that were lost stay in the table.
+"""
+
+
+def record(path: Path, name: str, result: dict[str, Any]) -> None:
+    """Replace the row in results.json, whole or not at all, and write RESULTS.md beside it anew."""
+    results = json.loads(path.read_text()) if path.is_file() else {}
+    results[name] = result
+    results = {key: results[key] for key in names() if key in results}
+    for target, text in ((path, json.dumps(results, indent=1) + "\n"), (path.with_name("RESULTS.md"), page(results))):
+        temporary = target.with_suffix(".tmp")
+        temporary.write_text(text)
+        os.replace(temporary, target)
+
+
+def page(results: dict[str, Any]) -> str:
+    lines = [HEAD, "| row | measure | peer | found | bound | holds |", "|---|---|---|---|---|---|"]
+    for name, result in results.items():
+        if result["failed"]:
+            lines.append(f"| {name} | | | failed: {cell(result['failed'])} | | no |")
+        for bound in result["bounds"]:
+            held = "yes" if bound["holds"] else "**no**"
+            lines.append(f"| {name} | {bound['measure']} | {bound['peer'] or '-'} | {bound['value']:.3g} | "
+                         f"{bound['bound']} | {held}{' (busy machine)' if result['busy'] else ''} |")
+    for name, result in results.items():
+        lines += ["", f"## {name}", "", result["title"] + (f" {result['note']}" if result["note"] else ""), ""]
+        if result["failed"]:
+            lines += [f"Failed: {result['failed']}", ""]
+        lines += details(result)
+        at = result["machine"]
+        versions = ", ".join(f"{key} {value}" for key, value in at.items() if key != "cpu")
+        busy = f", BUSY (load {result['load']:.1f})" if result["busy"] else ""
+        lines += ["", f"{result['date']}, {result['repeats']} rounds, {result['seconds']} s{busy}: "
+                  f"`{result['command']}`; {at['cpu']}; {versions}"]
+    return "\n".join(lines) + "\n"
+
+
+def details(result: dict[str, Any]) -> list[str]:
+    """A table with a line a measure and a column a side."""
+    sides = result["sides"]
+    measures = dict.fromkeys(name for side in sides.values() for name in side)
+    if not measures:
+        return []
+    lines = ["| measure | " + " | ".join(sides) + " |", "|---" * (len(sides) + 1) + "|"]
+    for measure in measures:
+        cells = [spread(side[measure]) if measure in side else "" for side in sides.values()]
+        lines.append(f"| {measure} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def spread(values: list[float]) -> str:
+    """Median (lowest to highest)."""
+    middle, low, high = (number(value) for value in values)
+    return middle if low == high else f"{middle} ({low} to {high})"
+
+
+def number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def cell(text: str) -> str:
+    return text.replace("|", "/").replace("\n", " ")
+
+
+def summary(result: dict[str, Any]) -> str:
+    """One line for the terminal."""
+    if result["failed"]:
+        return f"failed: {result['failed']}"
+    judged = [f"{bound['measure']}{' vs ' + bound['peer'] if bound['peer'] else ''} {bound['value']:.3g} "
+              f"({bound['bound']}: {'holds' if bound['holds'] else 'MISSED'})" for bound in result["bounds"]]
+    return f"{'; '.join(judged) or 'recorded'} [{result['seconds']} s{', busy' if result['busy'] else ''}]"
