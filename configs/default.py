@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
     c.model.revision = ""  # commit, tag or branch of a hub id; "" is its main branch
     c.model.param_dtype = "float32"  # dtype of the weights that the optimizer updates
     c.model.compute_dtype = "float32"  # dtype of matrix products: bfloat16 on accelerators
-    c.model.attention = "auto"  # auto chooses by device: xla (CPU), cudnn or pallas (GPU), splash (TPU)
+    c.model.attention = "auto"  # auto chooses by device: blocks (CPU), cudnn or pallas (GPU), splash (TPU)
 
     c.data = ConfigDict(convert_dict=False)
     c.data.train = ""  # JSONL (.gz, .zst), Parquet, folder, glob, hub dataset id, tfds:NAME; or a tuple of them

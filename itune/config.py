@@ -31,7 +31,7 @@ class ModelSection:
     revision: str = _key("", "commit, tag or branch of the hub id")
     param_dtype: Dtype = _key("float32", "dtype")
     compute_dtype: Dtype = _key("float32", "dtype")
-    attention: Literal["auto", "xla", "cudnn", "pallas", "splash"] = _key("auto", "backend")
+    attention: Literal["auto", "xla", "blocks", "cudnn", "pallas", "splash"] = _key("auto", "backend")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from itune.models.attention import gpu, tpu, xla
+from itune.models.attention import cpu, gpu, tpu, xla
 from itune.types import InputError
 
 log = logging.getLogger("itune")
@@ -18,12 +18,13 @@ log = logging.getLogger("itune")
 # name in `model.attention` -> function with the keyword arguments of `attention`, less `backend`
 BACKENDS: dict[str, Callable[..., jax.Array]] = {
     "xla": xla.attention,
+    "blocks": cpu.attention,
     "splash": tpu.attention,
     "cudnn": gpu.cudnn,
     "pallas": gpu.triton,
 }
 # platform of the devices -> kernels for it, best first
-KERNELS = {"tpu": ("splash",), "gpu": ("cudnn", "pallas")}
+KERNELS = {"cpu": ("blocks",), "tpu": ("splash",), "gpu": ("cudnn", "pallas")}
 SHORT = 128  # rows below this length gain nothing from a kernel
 
 
@@ -61,7 +62,7 @@ def choose_backend(
         if not reason:
             return name
         reasons.append(f"{name}: {reason}")
-    if reasons:
+    if reasons and platform != "cpu":
         _say_once("; ".join(reasons), 4 * query.shape[0] * query.shape[2] * query.shape[1] * key.shape[1] // 2)
     return "xla"
 
@@ -72,6 +73,8 @@ def _unsupported(name: str, platform: str, query: Any, key: Any, sinks: bool, **
         return f"it needs a {homes[0].upper()}, the devices are {platform.upper()}"
     if sinks:
         return "it has no attention sinks"
+    if name == "blocks":
+        return cpu.unsupported(query, key, **options)
     return tpu.unsupported(query, key, **options) if name == "splash" else gpu.unsupported(name, query, key, **options)
 
 
