@@ -16,9 +16,9 @@ from itune.data.loader import make_loader
 from itune.data.store import memory_store
 from itune.feed import feed
 from itune.runtime.compilation import use_compilation_cache
-from itune.setup_run import Data, load_weights, make_plan, prepare_data
-from itune.step import init_state
+from itune.setup_run import Data, make_plan, prepare_data
 from itune.types import Address, Example
+from itune.weights import first_state
 
 
 def config_of(folder: Path, compat: str = "", **sections: dict[str, Any]) -> Config:
@@ -30,6 +30,11 @@ def config_of(folder: Path, compat: str = "", **sections: dict[str, Any]) -> Con
     for name, keys in sections.items():
         tree[name] = {**tree.get(name, {}), **keys}
     return from_dict(tree)
+
+
+def without_filters() -> dict[str, str]:
+    """`data.quality` with every filter off: the peer has none."""
+    return dict.fromkeys(from_dict({}).to_dict()["data"]["quality"], "off")
 
 
 def data_of_ids(config: Config, ids_NL: np.ndarray) -> Data:
@@ -54,9 +59,7 @@ def timed(config: Config, data: Data) -> dict[str, Any]:
     """
     use_compilation_cache()
     plan = make_plan(config, data, lambda _: None)
-    params = load_weights(plan, data, lambda _: None)
-    state = init_state(plan.model, params, plan.optimizer, config.seed, plan.mesh)
-    del params
+    state = first_state(plan, data.tokenizer, lambda _: None)
     step = plan.step.lower(plan.state, plan.batch).compile()
     clock, reads, losses, tokens, waiting = Clock(), [], [], [], []
 

@@ -26,8 +26,8 @@ from itune.data.templates import LLAMA3
 from itune.feed import feed
 from itune.models import load_pretrained
 from itune.optim import decay_mask
-from itune.setup_run import load_weights, make_plan, prepare_data
-from itune.step import init_state
+from itune.setup_run import make_plan, prepare_data
+from itune.weights import first_state
 
 ROWS, MICRO, ACCUMULATION, EPOCHS, STEPS, SEED, RATE = 37, 4, 3, 2, 8, 42, 3e-4
 SIZES = {
@@ -97,8 +97,7 @@ def our_run(folder, path):
     })  # fmt: skip
     data = prepare_data(config, print)
     plan = make_plan(config, data, print, devices=jax.devices()[:1])
-    params = load_weights(plan, data, print)
-    state = init_state(plan.model, params, plan.optimizer, config.seed, plan.mesh)
+    state = first_state(plan, data.tokenizer, print)
     history = []
     for _, batch in feed(data.loader.iterate(), plan.mesh):
         state, metrics = plan.step(state, batch)

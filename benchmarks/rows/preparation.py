@@ -18,8 +18,11 @@ from pathlib import Path
 from benchmarks import ours
 from benchmarks.row import Clock
 folder, count = Path(sys.argv[1]), sys.argv[2]
-config = ours.config_of(folder, data={"train": str(folder / f"{count}.jsonl"), "max_length": 128})
-ours.data_of_rows(ours.config_of(folder, data={"train": str(folder / "warm.jsonl"), "max_length": 128}))
+def config_of(name):
+    data = {"train": str(folder / f"{name}.jsonl"), "max_length": 128, "quality": ours.without_filters()}
+    return ours.config_of(folder, data=data)
+config = config_of(count)
+ours.data_of_rows(config_of("warm"))
 clock = Clock()
 ours.data_of_rows(config)
 print(json.dumps({"cpu": clock.read()[1], "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}))
@@ -29,8 +32,8 @@ import json, resource, sys
 from pathlib import Path
 from benchmarks import ours
 folder, count = Path(sys.argv[1]), sys.argv[2]
-config = ours.config_of(folder, data={"train": str(folder / f"{count}.jsonl"), "max_length": 128},
-                        train={"max_steps": 3, "batch_size": 8})
+data = {"train": str(folder / f"{count}.jsonl"), "max_length": 128, "quality": ours.without_filters()}
+config = ours.config_of(folder, data=data, train={"max_steps": 3, "batch_size": 8})
 ours.timed(config, ours.data_of_rows(config))
 print(json.dumps({"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}))
 """
@@ -71,7 +74,7 @@ def itune(folder: Path) -> dict[str, Any]:
 
 ROW = Row(
     title="Preparing 1,000 to 1,000,000 short conversations, and the memory of the process that trains on them.",
-    note="The exponent is that of CPU-seconds from 10,000 rows up; memory is that of training on prepared data.",
+    note="Filters are off. The exponent is that of CPU-seconds from 10,000 rows up; memory is that of training on prepared data.",
     sides={"itune": itune},
     prepare=prepare,
     repeats=1,
