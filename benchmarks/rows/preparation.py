@@ -74,7 +74,8 @@ def itune(folder: Path) -> dict[str, Any]:
 
 ROW = Row(
     title="Preparing 1,000 to 1,000,000 short conversations, and the memory of the process that trains on them.",
-    note="Filters are off. The exponent is that of CPU-seconds from 10,000 rows up; memory is that of training on prepared data.",
+    note="Filters are off. The exponent is that of CPU-seconds from 10,000 rows up; memory is that of training on what "
+    "was prepared.",
     sides={"itune": itune},
     prepare=prepare,
     repeats=1,
