@@ -28,7 +28,8 @@ th { color: var(--soft); font-weight: 500; } tr + tr > * { border-top: 1px solid
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 td.at { overflow-wrap: anywhere; } .pair { display: grid; gap: 1rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 28rem), 1fr)); }
-figure { margin: 0; background: var(--box); border-radius: 8px; padding: .6rem .8rem; min-width: 0; }
+figure { margin: .3rem 0; max-width: 36rem; background: var(--box); border-radius: 8px; padding: .6rem .8rem;
+  min-width: 0; }
 figcaption { font-weight: 600; font-size: .92rem; } svg { width: 100%; height: auto; display: block; }
 svg text { font: 11px system-ui, sans-serif; fill: var(--soft); } rect.a { fill: var(--fill); }
 rect.b { fill: var(--fill2); } details { margin: .4rem 0; } summary { cursor: pointer; }
@@ -117,17 +118,20 @@ def _limits(judged: Sequence[Judged]) -> str:
         kind, word = ("fine", "kept") if each.kept else ("fault", "exceeded")
         rows += (f'<tr><td>{each.key}</td><td class="n">{each.found:.4g}</td><td class="n">{allowed}</td>'
                  f'<td class="{kind}">{word}</td></tr>')  # fmt: skip
-    return f'<table><tr><th></th><th class="n">found</th><th class="n">allowed</th><th></th></tr>{rows}</table>'
+    head = '<tr><th></th><th class="n">found</th><th class="n">allowed</th><th></th></tr>'
+    return f'<div class="wide"><table>{head}{rows}</table></div>'
 
 
 def _sources(report: Mapping[str, Any]) -> str:
     named = ("rows", "kept", "held out", "examples", "truncated", "split", "tokens", "supervised_tokens")
-    reasons = list(report["dropped"])
-    head = ["source", "rows", "kept", "held out", "examples", "cut", "split", "tokens", "supervised", *reasons]
-    rows = [[name, *(counts.get(key, 0) for key in named), *(counts.get(f"dropped: {why}", 0) for why in reasons)]
-            for name, counts in report["sources"].items()]  # fmt: skip
+    head = ["source", "rows", "kept", "held out", "examples", "cut", "split", "tokens", "supervised"]
+    rows = [[name, *(counts.get(key, 0) for key in named)] for name, counts in report["sources"].items()]
+    gone = [[why, *(counts.get(f"dropped: {why}", 0) for counts in report["sources"].values()), count]
+            for why, count in report["dropped"].items()]  # fmt: skip
     notes = "".join(f"<p>{count:,} rows have {html.escape(note)}.</p>" for note, count in report["notes"].items())
-    return table(head, rows) + notes + '<p class="soft">Each row that was left out stands in rejects.jsonl.</p>'
+    why_gone = table(["left out", *report["sources"], "all"], gone)
+    notes += '<p class="soft">Each row that was left out stands in rejects.jsonl.</p>'
+    return table(head, rows) + why_gone + notes
 
 
 def _lengths(report: Mapping[str, Any]) -> str:
@@ -143,15 +147,20 @@ def _lengths(report: Mapping[str, Any]) -> str:
 
 
 def _quality(quality: Mapping[str, Any]) -> str:
-    rows = [[name.replace("_", " "), quality["rows_found"].get(name, 0), action,
-             ", ".join(f"{count:,} {why}" for why, count in quality["found"].get(name, {}).items())]
+    rows = [[name.replace("_", " "), action, _most(quality["found"].get(name, {})), quality["rows_found"].get(name, 0)]
             for name, action in quality["actions"].items() if action != "off"]  # fmt: skip
-    text = table(["looked for", "rows", "action", "as"], rows)
+    text = table(["looked for", "action", "mostly as", "rows"], rows, 3)
     for name, listed in quality["examples"].items():
         shown = [[each["address"], each["reason"], each.get("other", ""), each.get("detail", "")] for each in listed]
         text += (f"<details><summary>{html.escape(name.replace('_', ' '))}: where</summary>"
                  f"{table(['row', 'reason', 'other row', 'detail'], shown, 9)}</details>")  # fmt: skip
     return text + '<p class="soft">Every finding stands in findings.jsonl.</p>'
+
+
+def _most(reasons: Mapping[str, int], most: int = 3) -> str:
+    ranked = sorted(reasons.items(), key=lambda pair: -pair[1])
+    more = f" and {len(ranked) - most} more" if len(ranked) > most else ""
+    return ", ".join(f"{count:,} {why}" for why, count in ranked[:most]) + more
 
 
 def _balance(report: Mapping[str, Any]) -> str:
