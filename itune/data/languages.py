@@ -95,10 +95,10 @@ def _script_of(letter: str) -> str:
 def scripts(text: str) -> dict[str, int]:
     """Letters by script (LATIN, CYRILLIC, CJK, ...)."""
     found: dict[str, int] = {}
-    for letter in text:
+    for letter, count in collections.Counter(text).items():
         if letter.isalpha():
             script = "LATIN" if letter < "\u0250" else _script_of(letter)
-            found[script] = found.get(script, 0) + 1
+            found[script] = found.get(script, 0) + count
     return found
 
 

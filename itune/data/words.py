@@ -6,6 +6,7 @@ and held-out matches agree with each other.
 
 from __future__ import annotations
 
+import functools
 import re
 import unicodedata
 from collections.abc import Iterator
@@ -71,6 +72,7 @@ def _canonical(written: str) -> str:
     return str(int(value)) if value.is_integer() and abs(value) < 1e15 else repr(value)
 
 
+@functools.lru_cache(maxsize=1 << 16)
 def stem(word: str) -> str:
     """The word without its inflection, roughly: enough to see that "plans", "planned" and "planning" are one word."""
     word = word[:-2] if word.endswith("'s") else word
