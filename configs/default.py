@@ -100,6 +100,8 @@ def get_config() -> ConfigDict:
     c.train.init_from = ""  # run directory whose trained parameters start this run
     c.train.freeze = ""  # parameters whose path this regular expression matches stay: "embed|layer_0/attention"
     c.train.max_skipped = 3  # updates in a row whose loss or gradient is not finite: each is skipped, the last ends it
+    c.train.skip_spikes = 0.0  # skip an update whose loss or norm is so many deviations over recent steps'; 0 is off
+    c.train.spike_window = 128  # steps that train.skip_spikes compares with
     c.train.timeout = 1800.0  # seconds a step may take before the run writes all stacks and leaves; 0 is off
 
     c.optimizer = ConfigDict(convert_dict=False)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 from itune import __version__
 from itune.types import InputError, RunError
@@ -27,7 +28,8 @@ def main(argv: list[str] | None = None) -> int:
         if rest and "config" not in arguments:
             raise InputError(f"argument {rest[0]!r} is not understood; see itune {arguments.verb} --help")
         arguments.overrides, arguments.words = rest, sys.argv[1:] if argv is None else argv
-        return VERBS[arguments.verb](arguments)
+        with _hidden_secrets(arguments.verb):
+            return VERBS[arguments.verb](arguments)
     except (InputError, RunError) as error:
         from itune.runtime.secrets import redact
 
@@ -39,6 +41,22 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output (head, less) has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception as error:  # a bug: its traceback helps us, with no secret in it
+        import traceback
+
+        from itune.runtime.secrets import redact
+
+        print(redact("".join(traceback.format_exception(error))), file=sys.stderr, end="")
+        print(f"itune: {arguments.verb} failed; this is a bug of itune: please report the lines above", file=sys.stderr)
+        return 1
+
+
+def _hidden_secrets(verb: str) -> Any:
+    """What a verb prints passes through `redact`, but for the answers of a model: they are not ours to change."""
+    from itune.runtime.secrets import HidingStream
+
+    return contextlib.nullcontext() if verb in ("chat", "generate") else contextlib.redirect_stdout(
+        cast(TextIO, HidingStream(sys.stdout)))
 
 
 def _config(arguments: argparse.Namespace) -> Any:
@@ -67,7 +85,8 @@ def _train(arguments: argparse.Namespace) -> int:
 
     if supervisor.wanted(arguments.restart_on_failure):
         _config(arguments)  # what is wrong in it is said at once
-        return supervisor.supervise([sys.executable, "-m", "itune", *arguments.words], arguments.restart_on_failure)
+        command = [sys.executable, "-m", "itune", *arguments.words]
+        return supervisor.supervise(command, arguments.restart_on_failure, arguments.workdir)
     supervisor.end_with_parent()
     from itune.loop import train
 

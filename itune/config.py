@@ -52,6 +52,8 @@ class TrainSection:
     init_from: str = _key("", "run directory")
     freeze: str = _key("", "regular expression over parameter paths")
     max_skipped: int = _key(3, "updates in a row", 1)
+    skip_spikes: float = _key(0.0, "standard deviations, 0 is off", 0.0)
+    spike_window: int = _key(128, "steps", 4)
     timeout: float = _key(1800.0, "seconds a step, 0 is off", 0.0)
 
 

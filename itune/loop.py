@@ -20,19 +20,22 @@ from itune.config import Config
 from itune.evaluators import shown
 from itune.feed import feed
 from itune.judge import Judge, read_summary
-from itune.progress import Meter, Progress
+from itune.progress import Meter, Progress, format_seconds
 from itune.report import write_report
+from itune.run_record import RunRecord
 from itune.runtime import distributed
 from itune.runtime.compilation import use_compilation_cache, use_deterministic_kernels
-from itune.runtime.crash import explained, shown_to, write_crash
-from itune.runtime.environment import environment, memory_in_use, process_age
+from itune.runtime.crash import explained, shown_to
+from itune.runtime.environment import memory_in_use, process_age
 from itune.runtime.lock import RunLock
 from itune.runtime.marks import mark
 from itune.runtime.permissions import shared_with_everyone
 from itune.runtime.profiler import Profiler
+from itune.runtime.secrets import redact
 from itune.runtime.signals import StopRequest
 from itune.runtime.watchdog import Watchdog
 from itune.setup_run import check_resume, local_rows, make_plan, prepare_data
+from itune.skipped import Skipped
 from itune.step import all_finite
 from itune.tuning import frozen_digest
 from itune.types import InputError, RunError
@@ -68,6 +71,8 @@ def train(config: Config, workdir: str | Path, *, on_step: OnStep | None = None)
     distributed.start()
     use_compilation_cache()
     folder = Path(workdir)
+    if "://" in str(workdir):
+        raise InputError(f"--workdir {workdir}: expected a folder; mount the bucket (gcsfuse) and name a folder there")
     first = jax.process_index() == 0
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -81,10 +86,8 @@ def train(config: Config, workdir: str | Path, *, on_step: OnStep | None = None)
         except (InputError, KeyboardInterrupt):
             raise
         except Exception as error:
-            path = write_crash(folder, error, run.facts()) if first else folder
-            if isinstance(error, RunError):
-                raise RunError(f"{error} (details: {path})") from error
-            raise RunError(f"failed after step {run.done}: {explained(error)} (details: {path})") from error
+            said = str(error) if isinstance(error, RunError) else f"failed after step {run.done}: {explained(error)}"
+            raise RunError(f"{said} ({run.tell_failure(error)})") from error
         finally:
             run.close()
 
@@ -96,17 +99,16 @@ class Run:
         self.config, self.workdir, self.stop, self.on_step = config, workdir, stop, on_step
         self.first = jax.process_index() == 0
         self.progress = Progress(quiet=not self.first)
-        self.events: collections.deque[str] = collections.deque(maxlen=50)
+        self.record = RunRecord(config, workdir)
         self.seconds: dict[str, float] = collections.defaultdict(float)
         self.started = time.monotonic()
         self.done = 0
         self.saved_step = -1
         self.saved_at = self.started
-        self.skipped = self.skipped_in_row = 0  # updates that were not finite
+        self.skipped = Skipped(config.train.max_skipped)
         self.judge = Judge(config, workdir)
         self.stalled = ""  # why it ends before its last step
         self.profiler = Profiler(config.profile.steps, workdir)
-        self.environment: dict[str, Any] = {}
         self.metrics: dict[str, Any] = {}
         self.writers: Writers | None = None
         self.store = Store(
@@ -116,7 +118,7 @@ class Run:
         )
 
     def run(self) -> Result:
-        (self.workdir / "crash.json").unlink(missing_ok=True)
+        self.record.start()
         if warning := shared_with_everyone(self.workdir):
             self.log(warning)
         self.store.open()
@@ -131,7 +133,7 @@ class Run:
         if saved:
             check_resume(self.workdir, saved, self.config, data, self.log)
             self.done = self.saved_step = saved.step
-            self.skipped, self.skipped_in_row = saved.data.get("skipped", (0, 0))
+            self.skipped.total, self.skipped.in_row = saved.data.get("skipped", (0, 0))
             self.judge.resume(self.done)
             self.stalled = self.judge.stalled()
             self.store.set_aside_after(saved.step)
@@ -142,14 +144,17 @@ class Run:
                 self.log(f"resumed on another mesh, {_sizes(mesh)} -> {_sizes(plan.mesh.shape)} (changes by rounding)")
         elif logged:
             self.log(f"{self.workdir} holds a run without a checkpoint: it starts again from the beginning")
-        self.store.check_space(plan.state.replace(frozen={}))
-        self._write_facts()
+        saved_part = plan.state.replace(frozen={})
+        self.store.check_space(saved_part)
+        if warning := self.store.space_warning(saved_part):
+            self.log(warning)
+        self.record.write_facts(data.dataset, self.config.data)
         state, compiled = self._start_state(resumed=saved is not None)
         if self.first:
             log = self.config.log
             cut_back(self.workdir, self.done if saved else -1)
             self.writers = Writers(self.workdir, resumed_step=self.done, tensorboard=log.tensorboard, wandb=log.wandb,
-                                   config=self.config.to_dict())
+                                   config=self.record.config)
         if self.judge.due(self.done):
             self._evaluate(state)
         state, stopped = self._steps(state, compiled)
@@ -210,7 +215,8 @@ class Run:
                     continue
                 self._read(waiting, meter, keep=0)
                 if save:
-                    self._save(state)
+                    with self._timed("save"):
+                        self._save(state)
                 if self.judge.due(self.done):
                     with watchdog.paused():
                         self._evaluate(state)
@@ -232,7 +238,8 @@ class Run:
                 self.seconds["first_step"] = time.monotonic() - self.started
                 self.seconds["first_step_of_process"] = process_age()
             mark("step", step)
-            self._count_skipped(step, values, finite=values.pop("finite"))
+            if line := self.skipped.count(step, values, self._examples, self._kept):
+                self.log(line)
             meter.add(step, values)
             if self.on_step:
                 self.on_step(step, values)
@@ -241,25 +248,15 @@ class Run:
                 continue
             self.metrics = {**values, **meter.read(), "memory": memory_in_use()}
             meter.restart()
-            self.events.append(json.dumps({"step": step, "loss": values["loss"]}))
+            self.record.events.write(step, "step", **self.metrics)
             self.progress.show(step, self.metrics)
             if self.writers:
                 self.writers.write(step, self.metrics)
             mark("logged", step)
 
-    def _count_skipped(self, step: int, values: dict[str, Any], finite: bool) -> None:
-        """Count and tell an update that was skipped; raise RunError after `train.max_skipped` in a row."""
-        self.skipped, self.skipped_in_row = (self.skipped, 0) if finite else (self.skipped + 1, self.skipped_in_row + 1)
-        values["skipped"] = self.skipped
-        if finite:
-            return
-        text = (f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}: not finite; the update was "
-                f"skipped ({self.skipped_in_row} in a row). {self._examples(step)}")
-        if self.skipped_in_row >= self.config.train.max_skipped:
-            latest = self.store.latest()
-            kept = "there is no checkpoint" if latest is None else f"the checkpoint of step {latest} is kept"
-            raise RunError(f"{text}; {kept}")
-        self.log(text)
+    def _kept(self) -> str:
+        latest = self.store.latest()
+        return "there is no checkpoint" if latest is None else f"the checkpoint of step {latest} is kept"
 
     def _examples(self, step: int) -> str:
         rows = [address for row in self.data.loader.addresses(step - 1) for address in row]
@@ -269,10 +266,7 @@ class Run:
         """What the watchdog says of the step that does not end, after a record of it was written."""
         step = self.done + 1
         text = f"step {step} has not ended for {seconds:.0f} s (train.timeout). {self._examples(step)}"
-        path = self.workdir / "crash.json"
-        if self.first:
-            path = write_crash(self.workdir, RunError(text), self.facts(wait=False))
-        return f"{text}; all stacks stand above (details: {path})"
+        return f"{text}; all stacks stand above ({self.tell_failure(RunError(text), wait=False)})"
 
     def _wish(self) -> int:
         """What this process asks of all at this step: to stop, to save because it is time, or nothing."""
@@ -286,12 +280,13 @@ class Run:
         return bool(every and step % every == 0)
 
     def _save(self, state: Any) -> None:
+        """Begin a save in the background; what the step waits for it is counted in `seconds["save"]`."""
         if not _all_finite((state.trainable, state.opt_state)):
             raise RunError(f"step {self.done}: parameters or optimizer state are not finite; they are not saved")
         data = {"fingerprint": self.data.loader.fingerprint, "step": self.done, "total_steps": self.total,
                 "seed": self.config.seed, "mesh": dict(self.plan.mesh.shape), "processes": jax.process_count(),
-                "skipped": [self.skipped, self.skipped_in_row], "frozen": self.frozen}
-        self.store.save(self.done, state.replace(frozen={}), data=data, config=self.config.to_dict())
+                "skipped": [self.skipped.total, self.skipped.in_row], "frozen": self.frozen}
+        self.store.save(self.done, state.replace(frozen={}), data=data, config=self.record.config)
         self.saved_step, self.saved_at = self.done, time.monotonic()
 
     def _evaluate(self, state: Any) -> None:
@@ -325,7 +320,8 @@ class Run:
         elif self.done < self.total:
             self.log(f"finished early, at step {self.done} of {self.total}: {self.stalled}")
         else:
-            self.log(f"finished: {self.total} steps in {self.workdir}")
+            stall = format_seconds(self.seconds["save"])
+            self.log(f"finished: {self.total} steps in {self.workdir}; its steps waited {stall} for checkpoints")
         summary = self.summary(preempted)
         if self.first:
             write_atomically(self.workdir / "summary.json", json.dumps(summary, indent=1) + "\n")
@@ -349,26 +345,27 @@ class Run:
             "before": self.judge.results.get(0, {}),
             "after": self.judge.results.get(self.done, {}) if self.done else {},
             "packing_efficiency": self.data.loader.efficiency,
-            "checkpoint_stall": self.store.stall_seconds,
+            "checkpoint_stall": self.seconds["save"],
             "seconds": {**self.seconds, "total": time.monotonic() - self.started},
         }
 
-    def _write_facts(self) -> None:
-        if self.first:
-            self.environment = environment()
-            for name, facts in (("config.json", self.config.to_dict()), ("environment.json", self.environment)):
-                write_atomically(self.workdir / name, json.dumps(facts, indent=1, default=str) + "\n")
-            self.data.dataset.write_record(self.workdir / "data", self.config.data)
-
-    def facts(self, wait: bool = True) -> dict[str, Any]:
-        """What a crash record says about this run, once a save that was under way has ended."""
+    def tell_failure(self, error: Exception, wait: bool = True) -> str:
+        """Write the crash record, once a save that was under way has ended; returns where it is."""
         if wait:
             self.store.close()
-        return {"step": self.done, "last_checkpoint": self.store.latest(), "last_events": list(self.events),
-                "environment": self.environment, "config": self.config.to_dict()}
+        return self.record.write_failure(
+            error, self.done, last_checkpoint=self.store.latest(), examples=self._in_flight())
+
+    def _in_flight(self) -> dict[str, list[str]]:
+        """Step -> addresses of its batch, for the last finished step and the one after it."""
+        if not hasattr(self, "data"):
+            return {}
+        steps = [step for step in (self.done, self.done + 1) if 1 <= step <= self.total]
+        return {str(step): [a for row in self.data.loader.addresses(step - 1) for a in row] for step in steps}
 
     def log(self, text: str) -> None:
-        self.events.append(text)
+        text = redact(text)
+        self.record.events.write(self.done, "log", text=text)
         self.progress.log(text)
 
     def close(self) -> None:
@@ -376,6 +373,7 @@ class Run:
         self.store.close()
         if self.writers:
             self.writers.close()
+        self.record.events.close()
 
     @contextlib.contextmanager
     def _timed(self, phase: str) -> Iterator[None]:

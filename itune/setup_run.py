@@ -19,7 +19,9 @@ from itune.models import load_model
 from itune.models.lora import Lora
 from itune.objectives.sft import make_sft
 from itune.optim import make_optimizer, make_schedule
+from itune.runtime.secrets import redact_tree
 from itune.sharding import batch_sharding, make_mesh
+from itune.spikes import with_window
 from itune.step import TrainStep, abstract_state, check_batch, make_train_step
 from itune.tuning import Tuning
 from itune.types import Batch, InputError
@@ -94,13 +96,15 @@ def make_plan(config: Config, data: Data, log: Log, devices: Sequence[Any] | Non
     tuning = make_tuning(config, model)
     trainable, frozen = tuning.abstract()
     optimizer = make_optimizer(config.optimizer, data.loader.total_steps, trainable)
+    if config.train.skip_spikes:
+        optimizer = with_window(optimizer, config.train.spike_window)
     objective = make_sft(
         model, config.loss.weighting, config.loss.chunk, parameters=tuning.parameters, router_aux=config.loss.router_aux
     )
     step = make_train_step(
         objective, optimizer, make_schedule(config.optimizer, data.loader.total_steps), mesh,
         accumulation=config.train.accumulation, clip_norm=config.optimizer.clip_norm,
-        stochastic_rounding=config.optimizer.stochastic_rounding,
+        stochastic_rounding=config.optimizer.stochastic_rounding, spike_sigmas=config.train.skip_spikes,
     )
     log(tuning.describe(trainable, frozen))
     state = abstract_state(model, optimizer, mesh, trainable=trainable, frozen=frozen)
@@ -156,7 +160,7 @@ def check_resume(workdir: Path, saved: Any, config: Config, data: Data | None, l
     Without `data` only what needs none is compared, so that it is said before anything is prepared.
     """
     same_data = data is None or saved.data["fingerprint"] == data.loader.fingerprint
-    refused, allowed = compare_configs(saved.config, config.to_dict(), same_data)
+    refused, allowed = compare_configs(saved.config, redact_tree(config.to_dict()), same_data)
     if not same_data and not refused:
         refused.append("the content of the training data, the tokenizer or the chat template is not what it was")
     total = saved.data["total_steps"]

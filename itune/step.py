@@ -13,6 +13,7 @@ from itune.objectives.objective import Objective
 from itune.optim import Schedule, clip_by_global_norm
 from itune.rounding import round_tree
 from itune.sharding import batch_sharding, replicated, rows_divisor, spec, tree_shardings
+from itune.spikes import judge
 from itune.types import Batch, InputError, TrainState
 
 Metrics = dict[str, Any]
@@ -116,6 +117,7 @@ def make_train_step(
     clip_norm: float = 1.0,
     clip_eps: float = 1e-6,
     stochastic_rounding: bool = False,
+    spike_sigmas: float = 0.0,
 ) -> TrainStep:
     """One optimizer step on one global batch, in `accumulation` micro-batches whose gradients are summed in float32.
 
@@ -125,7 +127,9 @@ def make_train_step(
     accuracy, supervised_tokens (weight above 0), tokens (padding left out), finite (loss and norm are; if not,
     parameters and moments stay as they were); router_aux where the objective has it (before its coefficient).
     With `stochastic_rounding` bfloat16 parameters take their update at random up or down (`itune.rounding`), by the
-    state's rng and step. Raises InputError at the first call when the batch cannot be cut.
+    state's rng and step. With `spike_sigmas` (the optimizer is then one `with_window`) the metrics have also spike:
+    whether the update was left out as `itune.spikes.judge` says.
+    Raises InputError at the first call when the batch cannot be cut.
     """
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         check_batch(batch, mesh, accumulation)
@@ -144,8 +148,14 @@ def make_train_step(
             trainable = optax.apply_updates(state.trainable, updates)
         loss = sums["loss"] * inverse
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        trainable = _chosen(finite, trainable, state.trainable)
-        opt_state = _chosen(finite, opt_state, state.opt_state)
+        taken, marks = finite, {"finite": finite}
+        if spike_sigmas:
+            marks["spike"], window = judge(state.opt_state.window, loss, grad_norm, spike_sigmas)
+            taken = finite & ~marks["spike"]
+        trainable = _chosen(taken, trainable, state.trainable)
+        opt_state = _chosen(taken, opt_state, state.opt_state)
+        if spike_sigmas:
+            opt_state = opt_state._replace(window=window)
         metrics = {
             "loss": loss,
             "grad_norm": grad_norm,
@@ -153,7 +163,7 @@ def make_train_step(
             "accuracy": sums["correct"] / jnp.maximum(sums["supervised_tokens"], 1),
             "supervised_tokens": sums["supervised_tokens"],
             "tokens": sums["tokens"],
-            "finite": finite,
+            **marks,
         }
         if "router_aux" in sums:
             metrics["router_aux"] = sums["router_aux"] * inverse
@@ -162,10 +172,10 @@ def make_train_step(
     return TrainStep(train_step)
 
 
-def _chosen(finite: Any, new: Any, old: Any) -> Any:
-    """`new` where the step was finite. Counters advance all the same: the learning rate stays that of the step."""
+def _chosen(taken: Any, new: Any, old: Any) -> Any:
+    """`new` where the update is made. Counters advance all the same: the learning rate stays that of the step."""
     def choose(after: Any, before: Any) -> Any:
-        return jnp.where(finite, after, before) if jnp.issubdtype(after.dtype, jnp.inexact) else after
+        return jnp.where(taken, after, before) if jnp.issubdtype(after.dtype, jnp.inexact) else after
 
     return jax.tree.map(choose, new, old)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -34,8 +35,13 @@ def write_atomically(path: Path, text: str) -> None:
     """Write a text file in one step: a reader sees the old or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    except OSError:  # a full disk: leave no half of it
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 class Writers:
@@ -70,9 +76,10 @@ class Writers:
         self._send(step, {f"eval/{name}": value for name, value in metrics.items()})
 
     def close(self) -> None:
-        self._lines.close()
-        if self._events:
-            self._events.close()
+        for stream in (self._lines, self._events):
+            if stream:
+                with contextlib.suppress(OSError):  # a full disk: said when the step was written
+                    stream.close()
         if self._wandb:
             self._wandb.finish()
 

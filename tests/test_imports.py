@@ -13,10 +13,10 @@ PACKAGE = Path(__file__).parents[1] / "itune"
 FLOORS = [
     ("cli", "usage", "__main__"),
     ("demo", "verify"),
-    ("loop", "plan", "export", "report", "chat", "setup_run", "saved_run", "judge", "weights"),
-    ("evaluators", "checkpoint", "runtime", "feed", "progress"),
+    ("loop", "plan", "export", "report", "chat", "setup_run", "saved_run", "judge", "weights", "run_record"),
+    ("evaluators", "checkpoint", "runtime", "feed", "progress", "skipped"),
     ("step",),
-    ("objectives", "optim", "decode", "flops", "tuning"),
+    ("objectives", "optim", "decode", "flops", "tuning", "spikes"),
     ("models", "data"),
     ("sharding", "config", "data_section", "writers", "rounding"),
     ("types",),

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
 import random
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from tiny_run import command, devices, environment, make_inputs, run_plans
 
 from itune.checkpoint import Store
 from itune.writers import read_metrics
@@ -41,42 +38,26 @@ def fifty():
 def campaign(tmp_path_factory):
     """Runs plans in one process of their own; the data and programs that they compute are kept between them."""
     folder = tmp_path_factory.mktemp("kills")
-    spec = importlib.util.spec_from_file_location(
-        "maker", Path(__file__).parents[1] / "scripts" / "make_random_model.py")
-    maker = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(maker)
-    maker.choose_shape = lambda *given: (32, 1)
-    maker.make("llama", 1_000_000, folder / "model", vocab=320)
-    with (folder / "rows.jsonl").open("w") as rows:
-        for number in range(120):
-            messages = [{"role": "user", "content": f"Say {number}"}, {"role": "assistant", "content": str(number)}]
-            rows.write(json.dumps({"messages": messages}) + "\n")
-    return lambda name, points: run_plans(folder, name, points)
+    make_inputs(folder)
+    return lambda name, points: run_killed(folder, name, points)
 
 
-def run_plans(folder, name, points):
+def run_killed(folder, name, points):
     """(workdir, exit codes, marks of each run): one run for each point that kills it, and one that nothing kills."""
-    arguments = [
-        "train", "--config", "default", "--workdir", str(folder / name), f"--config.model.path={folder / 'model'}",
-        f"--config.data.train={folder / 'rows.jsonl'}", "--config.data.max_length=48",
-        "--config.data.held_out_share=0.1", "--config.train.batch_size=4", f"--config.train.max_steps={STEPS}",
+    arguments = command(
+        folder, folder / name, "--config.train.batch_size=4", f"--config.train.max_steps={STEPS}",
         "--config.optimizer.learning_rate=1e-3", f"--config.checkpoint.every={EVERY}", f"--config.eval.every={JUDGED}",
-        "--config.log.every=1", "--config.log.tensorboard=False",
-    ]
+    )
     plans = [
         {"arguments": arguments, "log": str(folder / f"{name}.log"),
-         "environment": {"ITUNE_MARK": str(folder / f"{name}-{index}.marks"), "ITUNE_MARK_KILL": point}}
+         "environment": {**devices(2), "ITUNE_MARK": str(folder / f"{name}-{index}.marks"), "ITUNE_MARK_KILL": point}}
         for index, point in enumerate([*points, ""])
     ]
-    (folder / f"{name}.json").write_text(json.dumps(plans))
-    environment = {
-        **os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "XDG_CACHE_HOME": str(folder / "cache"), "PYTHONWARNINGS": "ignore",
-    }
-    done = subprocess.run([sys.executable, Path(__file__).with_name("killed_runs.py"), folder / f"{name}.json"],
-                          env=environment, capture_output=True, text=True, check=True)
-    marks = [(folder / f"{name}-{index}.marks").read_text().split("\n") for index in range(len(plans))]
-    return folder / name, json.loads(done.stdout), marks
+    codes = run_plans(folder, name, plans)
+    files = [folder / f"{name}-{index}.marks" for index in range(len(plans))]
+    # a run that was killed in its very last phase leaves nothing for the next one to do
+    marks = [file.read_text().split("\n") if file.exists() else [] for file in files]
+    return folder / name, codes, marks
 
 
 def arrays(workdir):
@@ -117,6 +98,35 @@ def check(campaign, points):
 def test_ten_kills_lose_nothing(campaign):
     assert sum(point.split(":")[0] in IN_SAVE for point in TEN) >= 5
     check(campaign, TEN)
+
+
+def test_supervisor_restarts_from_the_last_checkpoint(tmp_path):
+    """SIGKILL as soon as step 4 is committed: one line, one restart, the end is reached, exit code 0."""
+    make_inputs(tmp_path)
+    words = command(tmp_path, tmp_path / "run", "--config.train.batch_size=4", "--config.train.max_steps=6",
+                    "--config.checkpoint.every=4", "--config.evaluators=()", "--restart-on-failure", "1")
+    done = subprocess.run(
+        [sys.executable, "-m", "itune", *words], capture_output=True, text=True, check=False,
+        env={**environment(tmp_path), **devices(1), "ITUNE_MARK_KILL": "committed:4"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = [line for line in done.stderr.splitlines() if line.startswith("itune: ")]
+    assert len(said) == 2 and "ended by SIGKILL; last finished step: " in said[0], said
+    assert "restart 1 of at most 1 without a new step" in said[1]
+    assert "resumed from the checkpoint of step 4 of 6" in done.stdout
+    assert [record["step"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")] == list(range(1, 7))
+
+
+def test_second_signal_leaves_at_once_though_a_save_hangs(tmp_path):
+    """The first SIGTERM at step 7; the save that it brings does not end, and a second comes. Step 4 is still there."""
+    make_inputs(tmp_path)
+    words = command(tmp_path, tmp_path / "run", "--config.train.batch_size=4", "--config.train.max_steps=40",
+                    "--config.checkpoint.every=4", "--config.evaluators=()")
+    hang = "sleep 1.2; kill -TERM $PPID; sleep 20"  # a second later: a launcher and a supervisor are one request
+    plan = {"arguments": words, "log": str(tmp_path / "log"), "at": {"save-begin:8": hang},
+            "environment": {**devices(1), "ITUNE_MARK_KILL": "step:7:SIGTERM"}}
+    assert run_plans(tmp_path, "second", [plan]) == [1]
+    assert "itune: second SIGTERM: leaving at once" in (tmp_path / "log").read_text()
+    assert Store(tmp_path / "run" / "checkpoints").newest_good() == 4
 
 
 @pytest.mark.soak

@@ -9,7 +9,10 @@ import random
 import re
 import shutil
 import signal
+import subprocess
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -18,6 +21,7 @@ import pytest
 from itune.checkpoint import Store
 from itune.cli import main
 from itune.config import Config, from_dict
+from itune.feed import feed
 from itune.loop import Result, train
 from itune.runtime.crash import shown_to
 from itune.saved_run import evaluate_saved, load_run
@@ -177,9 +181,70 @@ def test_failure_leaves_a_record_and_the_run_goes_on(inputs, whole, tmp_path):
     crash = json.loads((tmp_path / "run" / "crash.json").read_text())
     assert crash["step"] == 11 and crash["last_checkpoint"] == 8 and "planted [hidden]" in crash["error"]
     assert crash["config"]["train"]["max_steps"] == STEPS and crash["environment"]["versions"]["jax"]
+    assert len(crash["devices"]) == 8 and crash["process"] == 0
+    assert list(crash["examples"]) == ["11", "12"] and re.search(r"rows\.jsonl:\d+$", crash["examples"]["12"][0])
+    events = [json.loads(line) for line in (tmp_path / "run" / "logs" / "process-0.jsonl").read_text().splitlines()]
+    assert all({"time", "process", "step", "event"} <= set(event) for event in events)
+    assert [event["step"] for event in events if event["event"] == "step"] == list(range(1, 10))
+    assert events[0]["event"] == "start" and events[-1]["event"] == "failed" and events[-1]["step"] == 11
+    assert crash["last_events"] == events[-50:]
     train(settings(inputs), tmp_path / "run")
     assert not (tmp_path / "run" / "crash.json").exists()
     assert_same_run(whole.workdir, tmp_path / "run")
+
+
+def test_clock_set_back_a_day_in_mid_run_changes_nothing(inputs, whole, tmp_path, monkeypatch):
+    """Nor does a umask that lets nobody else read; and while it runs it listens nowhere."""
+    now, sockets = time.time, []
+
+    def on_step(step, metrics):
+        if step == 5:
+            monkeypatch.setattr(time, "time", lambda: now() - 86400)
+            sockets.append(subprocess.run(["ss", "-ltnp"], capture_output=True, text=True, check=True).stdout)
+
+    before = os.umask(0o077)
+    try:
+        train(settings(inputs), tmp_path / "run", on_step=on_step)
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / "12")
+        train(settings(inputs), tmp_path / "run")
+    finally:
+        os.umask(before)
+    assert_same_run(whole.workdir, tmp_path / "run")
+    assert f"pid={os.getpid()}," not in sockets[0]
+    files = [path for path in [tmp_path / "run", *(tmp_path / "run").rglob("*")] if path.stat().st_mode & 0o077]
+    assert not files
+
+
+def test_saves_by_time(inputs, tmp_path, monkeypatch):
+    """A minute passes during step 5, by a clock of ours: one save soon after, none before."""
+    clock = [0.0]
+    monkeypatch.setattr("itune.loop.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr("itune.progress.time", SimpleNamespace(monotonic=time.monotonic))
+
+    def on_step(step, metrics):
+        clock[0] += 61 if step == 5 else 0
+
+    config = settings(inputs, checkpoint={"every": 0, "minutes": 1.0, "keep": 9}, evaluators=())
+    train(config, tmp_path / "run", on_step=on_step)
+    first, last = Store(tmp_path / "run" / "checkpoints").steps()
+    assert 5 <= first <= 7 and last == STEPS
+
+
+def test_spike_window_survives_a_resume(inputs, tmp_path, capsys):
+    """So low a bound that some steps of this run are spikes: the run that was stopped in mid-window skips the same."""
+    config = settings(inputs, train__skip_spikes=0.8, train__spike_window=4, train__max_steps=STEPS, eval__every=0,
+                      train__batch_size=8, optimizer__learning_rate=1e-5)
+    whole = train(config, tmp_path / "whole")
+    skipped = [record["skipped"] for record in read_metrics(tmp_path / "whole" / "metrics.jsonl")]
+    assert 1 <= skipped[-1] <= 8 and skipped[6] < skipped[-1]  # some after the resume
+    assert "a spike (train.skip_spikes); the update was skipped. Its batch holds" in capsys.readouterr().out
+    assert train(config, tmp_path / "run", on_step=stop_at(5)).preempted
+    resumed = train(config, tmp_path / "run")
+    for (path, x), (_, y) in zip(arrays(whole.workdir), arrays(resumed.workdir), strict=True):
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes(), path
+    assert [record["skipped"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")] == skipped
+    with pytest.raises(InputError, match=r"train\.skip_spikes: 0\.8 there, 0\.0 here"):
+        train(settings(inputs), tmp_path / "run")
 
 
 def test_resume_on_another_mesh_is_allowed_and_close(inputs, whole, copy, capsys):
@@ -228,11 +293,11 @@ def test_start_from_the_parameters_of_another_run(inputs, whole, tmp_path):
 
 
 def test_loss_that_is_not_finite_ends_the_run_and_is_never_saved(inputs, tmp_path, monkeypatch):
-    def poisoned(*given):
-        state = init_state(*given)
+    def poisoned(*given, **more):
+        state = init_state(*given, **more)
         return state.replace(trainable=jax.tree.map(lambda x: x * np.nan, state.trainable))
 
-    monkeypatch.setattr("itune.loop.init_state", poisoned)
+    monkeypatch.setattr("itune.weights.init_state", poisoned)
     message = r"step 1: loss nan, .* not finite; .*skipped \(1 in a row\)\. Its batch holds \d+ examples: .*jsonl:\d+"
     with pytest.raises(RunError, match=message + ".*; there is no checkpoint"):
         train(settings(inputs, evaluators=(), train__max_skipped=1), tmp_path / "run")
@@ -240,6 +305,37 @@ def test_loss_that_is_not_finite_ends_the_run_and_is_never_saved(inputs, tmp_pat
         train(settings(inputs, evaluators=(), checkpoint__every=1), tmp_path / "run")
     store = Store(tmp_path / "run" / "checkpoints")
     assert store.steps() == []
+
+
+def poison(monkeypatch, *steps):
+    """The batches of these steps (counted from 1) get one endless weight, in one row: on one shard of 8."""
+    def poisoned(batches, mesh):
+        def told():
+            for step, batch in batches:
+                if step + 1 in steps:
+                    weights_BL = batch.loss_weights_BL.copy()
+                    weights_BL[3, np.flatnonzero(weights_BL[3])[:1]] = np.nan
+                    batch = batch._replace(loss_weights_BL=weights_BL)
+                yield step, batch
+
+        return feed(told(), mesh)
+
+    monkeypatch.setattr("itune.loop.feed", poisoned)
+
+
+def test_three_bad_updates_in_a_row_end_the_run_with_the_last_checkpoint_kept(inputs, whole, tmp_path, monkeypatch):
+    """One or two are skipped and counted, and the run goes on; the examples of each are named."""
+    poison(monkeypatch, 2, 3, 6, 7, 8)
+    message = r"step 8: loss nan, .*\(3 in a row\)\. Its batch holds .*jsonl:\d+.*; the checkpoint of step 4 is kept"
+    with pytest.raises(RunError, match=message):
+        train(settings(inputs, evaluators=(), checkpoint={"every": 4, "keep": 3}), tmp_path / "run")
+    skipped = [record["skipped"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    assert skipped == [0, 1, 2, 2, 2, 3, 4]
+    events = [json.loads(line) for line in (tmp_path / "run" / "logs" / "process-0.jsonl").read_text().splitlines()]
+    told = [event["text"] for event in events if "not finite" in event.get("text", "") and event["event"] == "log"]
+    assert [text.split(":")[0] for text in told] == ["step 2", "step 3", "step 6", "step 7"]
+    poison(monkeypatch)
+    assert train(settings(inputs, evaluators=()), tmp_path / "run").summary["metrics"]["skipped"] == 2  # from step 4 on
 
 
 def test_saved_run_is_judged_and_loaded_again(inputs, whole, tmp_path, capsys):
@@ -328,10 +424,10 @@ def test_template_that_adds_tokens_grows_the_embedding_and_says_so(inputs, tmp_p
 
 
 def test_out_of_device_memory_says_what_helps(inputs, tmp_path, monkeypatch):
-    def full(*given):
+    def full(*given, **more):
         raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes")
 
-    monkeypatch.setattr("itune.loop.init_state", full)
+    monkeypatch.setattr("itune.weights.init_state", full)
     with pytest.raises(RunError, match=r"out of device memory: raise train\.accumulation .*trying to allocate 9 bytes"):
         train(settings(inputs), tmp_path / "run")
 

@@ -68,7 +68,8 @@ def test_crash_record_hides_secrets_in_all_it_holds(tmp_path, monkeypatch):
     try:
         raise ValueError(f"download failed with {os.environ['HF_TOKEN']}")
     except ValueError as error:
-        text = write_crash(tmp_path, error, facts).read_text()
+        assert write_crash(tmp_path, error, facts) == f"details: {tmp_path}/crash.json"
+    text = (tmp_path / "crash.json").read_text()
     for secret in (CANARY, "pass-word", *(f"value-of-{name}" for name in VARIABLES)):
         assert secret not in text
 

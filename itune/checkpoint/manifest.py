@@ -38,7 +38,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         text = (folder / NAME).read_text()
     except FileNotFoundError:
-        raise ValueError(f"{folder / NAME} is missing") from None
+        raise ValueError(f"{folder / NAME} is missing: never finished, or deleted") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{folder / NAME} cannot be read: {error}") from None
     try:

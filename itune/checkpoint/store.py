@@ -4,17 +4,18 @@
                          manifest.json (size and SHA-256 of every file)
 
 Orbax writes into `.tmp-<step>`; a thread of ours waits for it, adds `run.json`, hashes every file, writes the manifest
-and renames the folder. So a folder named by a number is whole, or was damaged after it was written.
+and renames the folder. So a folder named by a number is whole, or was damaged after it was written. On a mounted
+bucket, where the rename of a folder is many renames, the manifest comes last: a folder without one is none.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import shutil
 import threading
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from typing import Any
 import jax
 
 from itune.checkpoint import manifest as manifests
+from itune.checkpoint.commit import commit
 from itune.checkpoint.retention import steps_to_delete
 from itune.runtime.distributed import meet
 from itune.runtime.marks import mark
@@ -67,7 +69,6 @@ class Store:
         self.folder = Path(folder).absolute()
         self.keep, self.keep_best, self.metrics, self.log = keep, keep_best, metrics, log
         self.keep_every = keep_every
-        self.stall_seconds = 0.0  # time that calls to `save` kept the caller waiting
         self._thread: threading.Thread | None = None
         self._failure: RunError | None = None
         self._deleting = threading.Lock()
@@ -143,7 +144,7 @@ class Store:
         if jax.process_index() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             for path in self.folder.glob(f"{_TEMPORARY}*"):
-                shutil.rmtree(path)
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def set_aside_after(self, step: int) -> None:
         """Rename the damaged checkpoints newer than the step that a run goes on from, so that none counts as kept."""
@@ -167,6 +168,16 @@ class Store:
                 f"{self._last_good()}; free some space or choose another --workdir"
             )
 
+    def space_warning(self, state: Any) -> str:
+        """A warning when the disk has room for a checkpoint but not for all that are kept and the next one; else ''."""
+        need = state_bytes(state) * (self.keep + 1) + _SPARE_BYTES
+        here = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+        free = shutil.disk_usage(self.folder).free + here
+        if free >= need:
+            return ""
+        return (f"warning: {self.keep} checkpoints (checkpoint.keep) and the next one need {need / 1e9:.2f} GB, "
+                f"{self.folder} has room for {free / 1e9:.2f} GB")
+
     def save(self, step: int, state: Any, *, data: Mapping[str, Any], config: Mapping[str, Any]) -> None:
         """Copy `state` to the host and return; the rest happens in the background.
 
@@ -174,9 +185,9 @@ class Store:
         """
         from orbax.checkpoint import v1 as ocp
 
-        started = time.monotonic()
         self.wait()
         self.check_space(state)
+        logging.getLogger("absl").addFilter(_told_elsewhere)
         mark("save-begin", step)
         temporary = self.folder / f"{_TEMPORARY}{step}"
         run = {"step": step, "data": dict(data), "config": dict(config), "arrays": describe(state)}
@@ -189,7 +200,6 @@ class Store:
             target=self._finish, args=(step, temporary, run, response), name=f"checkpoint-{step}"
         )
         self._thread.start()
-        self.stall_seconds += time.monotonic() - started
 
     def retain(self) -> None:
         """Delete what neither `keep` nor `keep_best` covers. A save does it; call it again after an evaluation."""
@@ -248,8 +258,7 @@ class Store:
     def _commit(self, step: int, temporary: Path) -> None:
         if self.path(step).exists():  # damaged, or of a run that went back to an earlier step
             self._remove(self.path(step))
-        os.rename(temporary, self.path(step))
-        manifests.sync_folder(self.folder)
+        commit(temporary, self.path(step))
 
     def _remove(self, path: Path) -> None:
         """Delete a checkpoint: renamed first, so that no reader ever sees half of it."""
@@ -306,6 +315,11 @@ def state_bytes(state: Any) -> int:
         itemsize = 8 if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize
         total += leaf.size * itemsize
     return total
+
+
+def _told_elsewhere(record: logging.LogRecord) -> bool:
+    """Leaves out the traceback that Orbax prints from each of its threads when a save fails: the run says it once."""
+    return "_SignalingThread" not in record.getMessage()
 
 
 def _line(error: BaseException) -> str:

@@ -85,8 +85,10 @@ def messages_of(value: Any, where: str, role_key: str = "role", content_key: str
             hint = f" (nearest: {near[0]})" if near else ""
             raise InputError(f"{at}.{role_key}: unknown role {role!r}{hint}; expected one of {', '.join(known)}")
         extra = {k: v for k, v in item.items() if k not in (role_key, content_key, "weight") and v is not None}
-        if extra.get("tool_calls"):
-            extra["tool_calls"] = [_parsed_call(call, f"{at}.tool_calls") for call in extra["tool_calls"]]
+        if calls := extra.get("tool_calls"):
+            if not isinstance(calls, list):
+                raise InputError(f"{at}.tool_calls: found {_kind(calls)}; expected a list of calls")
+            extra["tool_calls"] = [_parsed_call(call, f"{at}.tool_calls") for call in calls]
         content = _content(item.get(content_key), f"{at}.{content_key}", optional=bool(extra.get("tool_calls")))
         messages.append(Message(known[role], content, _weight(item.get("weight"), f"{at}.weight"), extra))
     return messages
@@ -200,7 +202,7 @@ def _parsed_call(call: Any, where: str) -> Any:
 def _json_or(text: str, default: Any) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):  # the latter: thousands of brackets
         return default
 
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from itune.runtime.secrets import redact
+from itune.runtime.secrets import redact_tree
 from itune.writers import write_atomically
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 @contextlib.contextmanager
@@ -33,22 +37,45 @@ def shown_to(log: Callable[[str], None]) -> Iterator[None]:
         logger.propagate = propagate
 
 
-def write_crash(workdir: Path, error: BaseException, facts: Mapping[str, Any]) -> Path:
-    """Write the error, its traceback, the time and `facts` (step, last events, versions, config), secrets hidden."""
+def crash_path(workdir: Path, process: int = 0) -> Path:
+    """`crash.json` of the first process, `crash-<i>.json` of the others."""
+    return workdir / (f"crash-{process}.json" if process else "crash.json")
+
+
+def write_crash(workdir: Path, error: BaseException | str, facts: Mapping[str, Any], process: int = 0) -> str:
+    """Write the error, its traceback, the time and `facts` (step, last events, versions, config), secrets hidden.
+
+    Returns "details: PATH" for the message to the user. Where the run directory takes no file any more, the record goes
+    to the system's temporary folder.
+    """
     record = {
-        "error": f"{type(error).__name__}: {error}",
+        "error": f"{type(error).__name__}: {error}" if isinstance(error, BaseException) else error,
         "time": time.strftime("%Y-%m-%d %H:%M:%S%z"),
+        "process": process,
         **facts,
-        "traceback": traceback.format_exception(error),
+        "traceback": traceback.format_exception(error) if isinstance(error, BaseException) else [],
     }
-    path = workdir / "crash.json"
-    write_atomically(path, redact(json.dumps(record, indent=1, default=str)) + "\n")
-    return path
+    text = json.dumps(redact_tree(record), indent=1, default=str) + "\n"
+    path = crash_path(workdir, process)
+    try:
+        write_atomically(path, text)
+    except OSError:
+        try:
+            handle, elsewhere = tempfile.mkstemp(prefix="itune-crash-", suffix=".json")
+            with open(handle, "w") as stream:
+                stream.write(text)
+            path = Path(elsewhere)
+        except OSError as unwritten:
+            return f"no record of it could be written: {unwritten}"
+    return f"details: {path}"
 
 
 def explained(error: BaseException) -> str:
-    """The first line of an error of some library; for a device that is out of memory, what helps."""
+    """The first line of an error of some library; for a full disk or a device out of memory, what helps."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+        where = f" {error.filename}" if error.filename else ""
+        return f"cannot write{where}: {error.strerror}; free some space or choose another --workdir"
     if "RESOURCE_EXHAUSTED" in text:
         return ("out of device memory: raise train.accumulation or lower train.batch_size, set train.remat=full, or "
                 f"give mesh.fsdp more devices ({text[:300]})")

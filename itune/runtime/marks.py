@@ -1,8 +1,9 @@
 """Marks: the phases of a run, written where a supervisor or a fault campaign reads them, and nowhere by default.
 
 `ITUNE_MARK=FILE` gets a line `phase step` a mark: step, logged, save-begin, arrays-written, before-commit, committed,
-retained, evaluate-begin, evaluated. `ITUNE_MARK_KILL=phase:step` makes the process kill itself (SIGKILL) there: how the
-tests show that nothing is lost, without a clock.
+retained, evaluate-begin, evaluated. `ITUNE_MARK_KILL=phase:step` makes the process kill itself (SIGKILL) there, and
+`phase:step:SIGTERM` or another signal's name send itself that one: how the tests show that nothing is lost, without a
+clock. Several are separated by commas.
 """
 
 from __future__ import annotations
@@ -18,8 +19,12 @@ def mark(phase: str, step: int | str) -> None:
     if path := os.environ.get("ITUNE_MARK"):
         with contextlib.suppress(BrokenPipeError, BlockingIOError):
             os.write(_open(path), f"{phase} {step}\n".encode())
-    if os.environ.get("ITUNE_MARK_KILL") == f"{phase}:{step}":
-        os.kill(os.getpid(), signal.SIGKILL)
+    if planned := os.environ.get("ITUNE_MARK_KILL"):
+        for entry in planned.split(","):
+            name, _, rest = entry.partition(":")
+            at, _, number = rest.partition(":")
+            if (name, at) == (phase, str(step)):
+                os.kill(os.getpid(), signal.Signals[number or "SIGKILL"])
 
 
 @functools.lru_cache(maxsize=1)

@@ -4,19 +4,63 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
+from typing import Any
 
 _NAMES = re.compile(r"token|secret|password|passwd|api_?key|credential", re.IGNORECASE)
-# tokens by their form: Hugging Face, GitHub, OpenAI and Anthropic, Google, and user:password in an address
+# tokens by their form: Hugging Face, GitHub, OpenAI and Anthropic, Google, AWS, and user:password in an address
 _FORMS = re.compile(
-    r"\bhf_[A-Za-z0-9]{16,}|\bgh[pousr]_[A-Za-z0-9]{20,}|\bsk-[A-Za-z0-9_-]{20,}|\bAIza[A-Za-z0-9_-]{30,}"
-    r"|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
+    r"\bhf_[A-Za-z0-9]{16,}|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}|\bsk-[A-Za-z0-9_-]{20,}"
+    r"|\bAIza[A-Za-z0-9_-]{30,}|\bAKIA[0-9A-Z]{16}\b|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
 )
+_IN_QUERY = re.compile(r"""([?&][\w-]*(?:token|key|sig|signature|password)=)[^&\s"']+""", re.IGNORECASE)
 _HIDDEN = "[hidden]"
 
 
 def redact(text: str) -> str:
     """`text` without the values of environment variables named like secrets, and without tokens of known forms."""
-    for name, value in os.environ.items():
-        if len(value) >= 8 and _NAMES.search(name):
-            text = text.replace(value, _HIDDEN)
-    return _FORMS.sub(_HIDDEN, text)
+    return _hide(text, _values())
+
+
+def redact_tree(value: Any) -> Any:
+    """A nested dict of plain values with `redact` on every text, and every text under a key named like a secret hidden.
+
+    Redact before JSON is made of it: JSON writes quotes and letters beyond ASCII in another way.
+    """
+    return _hide_tree(value, "", _values())
+
+
+def _values() -> list[str]:
+    return [value for name, value in os.environ.items() if len(value) >= 8 and _NAMES.search(name)]
+
+
+def _hide(text: str, values: list[str]) -> str:
+    if len(text) < 8:  # no secret is that short
+        return text
+    for value in values:
+        text = text.replace(value, _HIDDEN)
+    return _IN_QUERY.sub(rf"\1{_HIDDEN}", _FORMS.sub(_HIDDEN, text))
+
+
+def _hide_tree(value: Any, key: str, values: list[str]) -> Any:
+    if isinstance(value, Mapping):
+        return {_hide(str(name), values): _hide_tree(item, str(name), values) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_hide_tree(item, key, values) for item in value]
+    if not isinstance(value, str):
+        return value
+    return _HIDDEN if len(value) >= 8 and _NAMES.search(key) else _hide(value, values)
+
+
+class HidingStream:
+    """A text stream that writes to another one what `redact` leaves; all else is the other one's."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(redact(text))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)

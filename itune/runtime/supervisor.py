@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import ctypes
+import json
 import os
 import re
 import signal
@@ -18,7 +19,11 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from itune.runtime.crash import crash_path, write_crash
+from itune.runtime.events import read_last
+from itune.runtime.secrets import redact
 from itune.types import InputError
 
 _FINAL = (0, 2, 130, 143)  # done, wrong input, interrupted, preempted: starting again changes nothing
@@ -37,6 +42,12 @@ def announced_processes() -> int:
     return max([1, *(int(count) for count in counts if count.isdecimal())])
 
 
+def own_process() -> int:
+    """The number of this process in the job that the environment announces; 0 when it announces none."""
+    numbers = (os.environ.get(name, "") for name in ("ITUNE_PROCESS_ID", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK"))
+    return next((int(number) for number in numbers if number.isdecimal()), 0)
+
+
 def heartbeat_seconds() -> int:
     """ITUNE_HEARTBEAT: seconds of silence after which the processes of a job give one of them up (default 100)."""
     text = os.environ.get("ITUNE_HEARTBEAT") or "100"
@@ -53,20 +64,25 @@ def end_with_parent() -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def supervise(command: Sequence[str], restarts: int = 0) -> int:
+def supervise(command: Sequence[str], restarts: int = 0, workdir: str | os.PathLike | None = None) -> int:
     """Run `command` until it ends, again after a failure, and return its exit code (1 for a signal).
 
-    It gives up after `restarts` restarts that brought no new step.
+    It gives up after `restarts` restarts that brought no new step. `workdir`, the run directory of the command, is
+    where the record of a failure stands; when the run was killed before it could write one, it is written here.
     """
     failures, best = 0, -1
     while True:
+        before = _record_found(workdir)
         run = SupervisedRun(command)
         code = run.wait()
         if code in _FINAL or run.asked_to_stop:
             return code if code >= 0 else 1
         failures = 1 if run.step > best else failures + 1
         best = max(best, run.step)
-        _say(run.describe(code))
+        line = run.describe(code)
+        if workdir is not None:
+            line += f" ({_record_of(run, line, Path(workdir), before)})"
+        _say(line)
         if failures > restarts:
             if restarts:
                 _say(f"given up after {restarts} restarts without a new step (last step: {max(best, 0)})")
@@ -80,7 +96,7 @@ class SupervisedRun:
 
     def __init__(self, command: Sequence[str]) -> None:
         self.step, self.hosts, self.asked_to_stop = -1, [socket.gethostname()], False
-        self._said: collections.deque[str] = collections.deque(maxlen=200)
+        self.said: collections.deque[str] = collections.deque(maxlen=200)
         marks, marked = os.pipe()
         environment = {**os.environ, "ITUNE_SUPERVISED": str(os.getpid()), "ITUNE_MARK": f"/dev/fd/{marked}"}
         before = {number: signal.signal(number, self._pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -113,13 +129,13 @@ class SupervisedRun:
         """One line: which host ended how, after which step, and which process of the job was given up."""
         how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
         line = f"the run on host {socket.gethostname()} ended {how}; last finished step: {max(self.step, 0)}"
-        lost = {int(found[1]) for text in self._said if (found := _LOST.search(text))}
+        lost = {int(found[1]) for text in self.said if (found := _LOST.search(text))}
         own = os.environ.get("ITUNE_PROCESS_ID", "")
         names = [f"process {index} ({self.hosts[index] if index < len(self.hosts) else 'host unknown'})"
                  for index in sorted(lost) if str(index) != own]
         if names:
             line += f"; gone or silent for more than {heartbeat_seconds()} s: {', '.join(names)}"
-        elif own not in ("", "0") and code < 0 and any("coordination" in text.lower() for text in self._said):
+        elif own not in ("", "0") and code < 0 and any("coordination" in text.lower() for text in self.said):
             line += f"; the coordinator, process 0 ({self.hosts[0]}), is gone or silent"
         return line
 
@@ -140,8 +156,37 @@ class SupervisedRun:
     def _read_errors(self) -> None:
         assert self._process.stderr
         for raw in iter(self._process.stderr.readline, b""):
-            self._said.append(raw.decode(errors="replace"))
-            os.write(2, raw)
+            line = redact(raw.decode(errors="replace"))
+            self.said.append(line)
+            os.write(2, line.encode())
+
+
+def _record_found(workdir: str | os.PathLike | None) -> tuple[int, int] | None:
+    """What tells one crash record from the next, without a clock."""
+    path = crash_path(Path(workdir or "."), own_process())
+    if not path.is_file():
+        return None
+    facts = path.stat()
+    return facts.st_ino, facts.st_mtime_ns
+
+
+def _record_of(run: SupervisedRun, line: str, workdir: Path, before: tuple[int, int] | None) -> str:
+    """Where the record of the failed run is; writes one when it left none, from what it wrote before."""
+    process = own_process()
+    if _record_found(workdir) not in (None, before):
+        return f"details: {crash_path(workdir, process)}"
+    return write_crash(workdir, line, {
+        "step": max(run.step, 0), "hosts": run.hosts, "last_events": read_last(workdir, process),
+        "last_output": list(run.said)[-50:], "environment": _read(workdir / "environment.json"),
+        "config": _read(workdir / "config.json"),
+    }, process)
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
 
 
 # "Task 1 heartbeat timeout" of jax 0.10, "/job:jax_worker/replica:0/task:1" of other releases

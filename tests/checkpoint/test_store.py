@@ -145,18 +145,35 @@ def test_every_kind_of_damage_in_every_file_is_found_and_named(copy):
     assert store.verify(20) == []
 
 
-def test_hundred_flipped_bits_are_all_found(copy):
-    store = Store(copy)
+def damage_often(folder, count):
+    """Flip, truncate or delete, anywhere: found and named each time, and the previous good step is what a run takes."""
+    lines = []
+    store = Store(folder, log=lines.append)
     files = [p for p in store.path(20).rglob("*") if p.is_file() and p.stat().st_size]
     rng = np.random.default_rng(1)
-    for _ in range(100):
+    for number in range(count):
         path = files[rng.integers(len(files))]
         whole = path.read_bytes()
-        changed = bytearray(whole)
-        changed[rng.integers(len(whole))] ^= 1 << int(rng.integers(8))
-        path.write_bytes(changed)
-        assert any(str(path) in line for line in store.verify(20)), path
+        at, kind = int(rng.integers(len(whole))), ("flip", "flip", "truncate", "delete")[number % 4]
+        if kind == "delete":
+            path.unlink()
+        else:
+            flipped = whole[:at] + bytes([whole[at] ^ 1 << int(rng.integers(8))]) + whole[at + 1 :]
+            path.write_bytes(flipped if kind == "flip" else whole[:at])
+        lines.clear()
+        assert store.newest_good() == 10, (number, kind, path)
+        assert len(lines) == 1 and str(path) in lines[0], (number, kind, lines)
         path.write_bytes(whole)
+    assert store.newest_good() == 20
+
+
+def test_hundred_damages_are_all_found(copy):
+    damage_often(copy, 100)
+
+
+@pytest.mark.soak
+def test_thousand_damages_are_all_found(copy):
+    damage_often(copy, 1000)
 
 
 def test_manifest_naming_a_file_outside_is_refused(copy):
@@ -260,6 +277,49 @@ def test_failed_save_surfaces_keeps_the_last_good_and_leaves_no_litter(copy, mon
         store.check()
     store.check()  # raised once
     assert sorted(p.name for p in copy.iterdir()) == ["10", "20"]
+
+
+def test_on_a_mounted_bucket_the_manifest_is_the_commit(copy, monkeypatch, tmp_path):
+    """Renames of folders are not one step there: killed in the middle, the new step is none and the old one stays."""
+    from itune.checkpoint import commit
+
+    mounts = tmp_path / "mountinfo"
+    mounts.write_text("22 1 8:1 / / rw - ext4 /dev/vda rw\n"
+                      f"23 22 0:30 / {tmp_path}/my\\040bucket rw - fuse.gcsfuse bucket rw\n")
+    assert commit.renames_whole_folders(tmp_path, mounts)
+    assert not commit.renames_whole_folders(tmp_path / "my bucket" / "run" / "checkpoints", mounts)
+    monkeypatch.setattr(commit, "renames_whole_folders", lambda folder: False)
+    store, rename, done = Store(copy, keep=9, log=lambda line: None), os.rename, []
+
+    def interrupted(source, target):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(Path(target).name)
+        rename(source, target)
+
+    store.open()
+    state = make_state(make_mesh({"fsdp": 8}))
+    store.save(30, state, data={}, config={})
+    store.wait()
+    assert store.newest_good() == 30 and sorted(p.name for p in copy.iterdir()) == ["10", "20", "30"]
+    monkeypatch.setattr(os, "rename", interrupted)
+    store.save(40, state, data={}, config={})
+    with pytest.raises(RunError, match="step 40 could not be saved"):
+        store.wait()
+    monkeypatch.setattr(os, "rename", rename)
+    assert done == [".tmp-40-manifest", "40"] and store.latest() == 30
+    store.open()
+    assert store.newest_good() == 30 and sorted(p.name for p in copy.iterdir()) == ["10", "20", "30", "40"]
+    store.set_aside_after(30)
+    assert store.steps() == [10, 20, 30]
+
+
+def test_room_for_one_checkpoint_but_not_for_all_that_are_kept_is_told(copy, monkeypatch):
+    store, usage = Store(copy, keep=3), shutil.disk_usage(copy)
+    state = make_state(make_mesh({"fsdp": 8}))
+    assert store.space_warning(state) == ""
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1 << 20))
+    assert "3 checkpoints (checkpoint.keep) and the next one need 0.02 GB" in store.space_warning(state)
 
 
 def test_no_room_is_found_before_writing(copy, monkeypatch):

@@ -34,6 +34,8 @@ DAMAGE = st.sampled_from([b"", b"\xff", b"\x00", b"\xef\xbb\xbf", b"\r", b"{", b
                           b"\xed\xa0\x80",
                           b"[" * 3000, b"9" * 5000, b",", b"\n"])
 
+FIELDS = "messages|conversations|instruction|input|output|prompt|completion|system|tools"
+
 
 @st.composite
 def files(draw):
@@ -61,7 +63,8 @@ def look_at(raw: bytes, path) -> None:
             try:
                 conversation = convert(row, name or detect_format([row]))
             except InputError as error:
-                assert str(error).startswith(f"{path}:{row.address.line}: "), error
+                field = "" if name is None else rf"({FIELDS})[\w.\[\]]*: "  # None: no format fits, no field is to blame
+                assert re.match(rf"{re.escape(str(path))}:{row.address.line}: {field}", str(error)), error
                 continue
             check_unchanged(row.fields, conversation)
 
@@ -101,6 +104,15 @@ def fuzz(count, path):
         look_at(raw, path)
 
     run()
+
+
+@pytest.mark.parametrize("row", [
+    {"messages": [{"role": "user", "content": "", "tool_calls": 1}]},
+    {"messages": [{"role": "assistant", "content": None,
+                   "tool_calls": [{"function": {"name": "f", "arguments": "[" * 3000}}]}]},
+])
+def test_found_by_the_campaign(row, tmp_path):
+    look_at(json.dumps(row).encode(), tmp_path / "rows.jsonl")
 
 
 def test_two_thousand_files(tmp_path):

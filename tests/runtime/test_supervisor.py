@@ -1,5 +1,6 @@
 """The supervisor says how a run ended, starts it again while that brings new steps, and passes signals on."""
 
+import json
 import os
 import signal
 import subprocess
@@ -35,6 +36,35 @@ def test_abort_is_said_with_host_and_last_step(capfd):
     assert run("mark('step', 40); mark('step', 41); os.abort()") == 1
     err = capfd.readouterr().err
     assert f"itune: the run on host {os.uname().nodename} ended by SIGABRT; last finished step: 41\n" in err
+
+
+def test_run_killed_before_it_could_say_why_leaves_a_record(tmp_path, capfd, monkeypatch):
+    """The last 50 events come from its log; a secret in its output is hidden in all that is passed on."""
+    monkeypatch.setenv("HF_TOKEN", "canary-canary")
+    code = (SAY + f"from pathlib import Path\nfrom itune.runtime.events import EventLog\n"
+            f"log = EventLog(Path({str(tmp_path)!r}))\n"
+            "for step in range(1, 61):\n    log.write(step, 'step', loss=1.0)\n    mark('step', step)\n"
+            "print('using canary-canary', file=sys.stderr, flush=True)\nos.abort()")
+    (tmp_path / "config.json").write_text('{"seed": 7}')
+    assert supervisor.supervise([sys.executable, "-c", code], 0, tmp_path) == 1
+    err = capfd.readouterr().err
+    assert f"ended by SIGABRT; last finished step: 60 (details: {tmp_path}/crash.json)" in err
+    record = json.loads((tmp_path / "crash.json").read_text())
+    assert [event["step"] for event in record["last_events"]] == list(range(11, 61))
+    assert record["config"] == {"seed": 7} and "SIGABRT" in record["error"] and record["step"] == 60
+    assert "using [hidden]" in err and "using [hidden]\n" in record["last_output"]
+    assert "canary-canary" not in err + (tmp_path / "crash.json").read_text()
+
+
+def test_record_that_the_run_wrote_itself_stays(tmp_path, capfd):
+    path = tmp_path / "crash.json"
+    path.write_text("of an earlier run")
+    code = f"import os, sys; os.replace({str(tmp_path / 'new')!r}, {str(path)!r}); sys.exit(1)"
+    (tmp_path / "new").write_text("of this run")
+    assert supervisor.supervise([sys.executable, "-c", code], 0, tmp_path) == 1
+    assert path.read_text() == "of this run" and f"(details: {path})" in capfd.readouterr().err
+    assert supervisor.supervise([sys.executable, "-c", "import sys; sys.exit(1)"], 0, tmp_path) == 1
+    assert "with exit code 1" in json.loads(path.read_text())["error"]  # the old record is not taken for its own
 
 
 def test_crash_loop_ends_and_new_steps_go_on(tmp_path, capfd):

@@ -1,0 +1,51 @@
+"""What a run writes about itself: its settings and surroundings, its events, and a record when it fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from itune.config import Config
+from itune.runtime.crash import crash_path, write_crash
+from itune.runtime.environment import environment
+from itune.runtime.events import EventLog
+from itune.runtime.secrets import redact_tree
+from itune.writers import write_atomically
+
+
+class RunRecord:
+    """The record of one process of a run. `config` is the resolved config as it may be shown, secrets hidden."""
+
+    def __init__(self, config: Config, workdir: Path) -> None:
+        self.workdir, self.process = workdir, jax.process_index()
+        self.config: dict[str, Any] = redact_tree(config.to_dict())
+        self.events = EventLog(workdir, self.process)
+        self.environment: dict[str, Any] = {}
+
+    def start(self) -> None:
+        """A new attempt begins: the record of an earlier failure goes."""
+        crash_path(self.workdir, self.process).unlink(missing_ok=True)
+        self.events.write(0, "start", pid=os.getpid(), host=socket.gethostname(), processes=jax.process_count())
+
+    def write_facts(self, dataset: Any, section: Any) -> None:
+        """`config.json`, `environment.json` and what was read and dropped of the data `section`; of the first process."""
+        self.environment = environment()
+        if self.process:
+            return
+        for name, facts in (("config.json", self.config), ("environment.json", self.environment)):
+            write_atomically(self.workdir / name, json.dumps(facts, indent=1, default=str) + "\n")
+        dataset.write_record(self.workdir / "data", section)
+
+    def write_failure(self, error: Exception, step: int, **facts: Any) -> str:
+        """Write the crash record; returns where it is, as a message says it."""
+        self.events.write(step, "failed", text=f"{type(error).__name__}: {error}")
+        devices = [str(device) for device in jax.devices()]
+        return write_crash(self.workdir, error, {
+            "step": step, **facts, "last_events": list(self.events.last), "devices": devices,
+            "environment": self.environment or environment(), "config": self.config,
+        }, self.process)
