@@ -314,7 +314,7 @@ def poison(monkeypatch, *steps):
             for step, batch in batches:
                 if step + 1 in steps:
                     weights_BL = batch.loss_weights_BL.copy()
-                    weights_BL[3, np.flatnonzero(weights_BL[3])[:1]] = np.nan
+                    weights_BL[3, np.flatnonzero(weights_BL[3])[:1]] = np.inf
                     batch = batch._replace(loss_weights_BL=weights_BL)
                 yield step, batch
 

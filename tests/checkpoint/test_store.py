@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -289,24 +290,23 @@ def test_on_a_mounted_bucket_the_manifest_is_the_commit(copy, monkeypatch, tmp_p
     assert commit.renames_whole_folders(tmp_path, mounts)
     assert not commit.renames_whole_folders(tmp_path / "my bucket" / "run" / "checkpoints", mounts)
     monkeypatch.setattr(commit, "renames_whole_folders", lambda folder: False)
-    store, rename, done = Store(copy, keep=9, log=lambda line: None), os.rename, []
+    store, done = Store(copy, keep=9, log=lambda line: None), []
 
     def interrupted(source, target):
         if len(done) == 2:
             raise KeyboardInterrupt
         done.append(Path(target).name)
-        rename(source, target)
+        os.rename(source, target)
 
     store.open()
     state = make_state(make_mesh({"fsdp": 8}))
     store.save(30, state, data={}, config={})
     store.wait()
     assert store.newest_good() == 30 and sorted(p.name for p in copy.iterdir()) == ["10", "20", "30"]
-    monkeypatch.setattr(os, "rename", interrupted)
+    monkeypatch.setattr(commit, "os", SimpleNamespace(rename=interrupted))
     store.save(40, state, data={}, config={})
     with pytest.raises(RunError, match="step 40 could not be saved"):
         store.wait()
-    monkeypatch.setattr(os, "rename", rename)
     assert done == [".tmp-40-manifest", "40"] and store.latest() == 30
     store.open()
     assert store.newest_good() == 30 and sorted(p.name for p in copy.iterdir()) == ["10", "20", "30", "40"]
