@@ -8,6 +8,7 @@ import random
 import shutil
 import struct
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -129,7 +130,7 @@ def campaign(sharded, root, count):
         shutil.copy(sharded.parent / "outside.safetensors", root)
         name = mutate(draw, folder)
         OPENED.clear()
-        WATCHING[0] = True
+        WATCHING[0], begun = True, time.process_time()
         try:
             model = load_model(folder)
             make_plan(folder, model, model.config.vocab_size)
@@ -140,6 +141,8 @@ def campaign(sharded, root, count):
             failed.append(f"seed {seed}, {name}: {_where(error)}")
         finally:
             WATCHING[0] = False
+        if (took := time.process_time() - begun) > 5:  # of CPU time: how busy the machine is does not count
+            failed.append(f"seed {seed}, {name}: took {took:.0f} s")
         home = folder.resolve()
         strange = [path for path in OPENED if not Path(path).resolve().is_relative_to(home) and ".py" not in path]
         assert not [path for path in strange if "outside" in path or "passwd" in path], (seed, strange)
