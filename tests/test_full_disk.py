@@ -74,7 +74,7 @@ def told(folder, name):
     """The one line that ends a failed run; no traceback through our code stands before it."""
     log = (folder / f"{name}.log").read_text()
     lines = [line for line in log.splitlines() if line.startswith("itune: ")]
-    assert len(lines) == 1 and not re.search(r'File ".*/itune/', log), log[-3000:]
+    assert len(lines) == 1 and not re.search(r'File "[^"]*/itune/[a-z_/]+[.]py"', log), log[-3000:]
     return lines[0]
 
 
