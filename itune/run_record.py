@@ -33,7 +33,7 @@ class RunRecord:
         self.events.write(0, "start", pid=os.getpid(), host=socket.gethostname(), processes=jax.process_count())
 
     def write_facts(self, dataset: Any, section: Any) -> None:
-        """`config.json`, `environment.json` and what was read and dropped of the data `section`; of the first process."""
+        """`config.json`, `environment.json` and the record of the data `section`; the first process writes them."""
         self.environment = environment()
         if self.process:
             return

@@ -87,6 +87,9 @@ def words_of(folder, run, out):
         ("report",): ["report", str(run)],
         ("data", "show"): ["data", "show", *recipe],
         ("data", "stats"): ["data", "stats", *recipe],
+        ("data", "report"): ["data", "report", *recipe, "--out", str(out / "report")],
+        ("data", "split"): ["data", "split", *recipe, "--out", str(out / "split")],
+        ("data", "score"): ["data", "score", *recipe, "--workdir", str(run), "--out", str(out / "score")],
     }
 
 
