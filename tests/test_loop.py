@@ -363,7 +363,8 @@ def command(inputs, workdir, *arguments):
     (["--config.data.held_out_share=0"], 2, "there are no held-out items"),
     (["--config.evaluators=('heldout_los',)"], 2, "did you mean heldout_loss"),
     (["--config.profile.steps=3"], 2, "profile.steps must be first:last such as 10:13, found '3'"),
-    (["--config.lora.rank=4"], 2, "lora.rank=4 is not supported by this version"),
+    (["--config.lora.rank=4", "--config.lora.targets=lm_head"], 2, "lora.targets 'lm_head' matches no projection"),
+    (["--config.lora.rank=4", "--config.train.freeze=embed"], 2, "train.freeze and lora.rank exclude each other"),
 ])
 def test_bad_input_is_one_message_with_exit_code_2(inputs, tmp_path, capsys, arguments, code, message):
     assert main(command(inputs, tmp_path / "run", *arguments)) == code
