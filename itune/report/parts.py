@@ -10,7 +10,7 @@ from itune.evaluators import shown
 from itune.report.answers import side_by_side
 from itune.report.charts import Series, chart, series
 from itune.report.read import RunFiles
-from itune.report.tables import evaluation_table, paired_table, parts, tree_table
+from itune.report.tables import evaluation_table, paired_table, parts, parts_table, tree_table
 
 CURVES = (("loss", "Loss", "nats a token"), ("grad_norm", "Gradient norm", "before clipping"),
           ("learning_rate", "Learning rate", ""), ("tokens_per_second", "Speed", "tokens a second"))
@@ -104,7 +104,11 @@ def _time(seconds: float) -> str:
 def comparisons(found: Mapping[str, Any], one: RunFiles, step: int, two: RunFiles, names: tuple[str, str]) -> str:
     text = ""
     for name, comparison in found.items():
-        text += f"<h3>{html.escape(name)}</h3>{paired_table(comparison, names)}"
+        by = two.evaluations[two.last].get(name, {}).get("score_by", "")
+        meaning = "score" + (f" by {by}" if by else "")
+        meaning = meaning if "detectable" in comparison else "nats a token, lower is better"
+        text += f'<h3>{html.escape(name)} <span class="label">{html.escape(meaning)}</span></h3>'
+        text += paired_table(comparison, names)
         if comparison.get("unmatched"):
             text += f'<p class="dim">{comparison["unmatched"]} items stand on one side only and are left out.</p>'
         text += side_by_side(one.items(step, name), two.items(two.last, name), names)
@@ -118,11 +122,9 @@ def evaluation(run: RunFiles, name: str) -> str:
     note = ""
     if chosen != steps:
         note = f'<p class="dim">{len(steps) - 6} evaluations between the first two columns are left out.</p>'
-    broken = list(parts(columns[-1][1]))
-    rows = "".join(f"<h3>{html.escape(kind)}: {html.escape(part)}</h3>{evaluation_table([(columns[-1][0], found)])}"
-                   for kind, part, found in broken)  # fmt: skip
-    title = f"by category, source and group ({len(broken)})"
-    more = f"<details><summary>{title}</summary>{rows}</details>" if broken else ""
+    count = len(list(parts(columns[-1][1])))
+    title = f"{columns[-1][0]} by category, source and group ({count})"
+    more = f"<details><summary>{title}</summary>{parts_table(columns[-1][1])}</details>" if count else ""
     return f"<h3>{html.escape(name)}</h3>{evaluation_table(columns)}{note}{more}"
 
 

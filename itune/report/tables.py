@@ -85,6 +85,18 @@ def parts(found: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, Any
             yield field, name, values[name]
 
 
+def parts_table(summary: Mapping[str, Any]) -> str:
+    """The breakdown of one evaluation: a row for each category, source and group, a column for each number."""
+    found = list(parts(summary))
+    names = dict.fromkeys(path[0] for _, _, part in found for path in _numbers(part) if len(path) == 1)
+    head = "".join(f'<th class="number">{html.escape(name)}</th>' for name in names)
+    rows = "".join(
+        f'<tr><td><span class="label">{html.escape(kind)}</span> {html.escape(name)}</td>'
+        f"{''.join(cell(part, column) for column in names)}</tr>" for kind, name, part in found
+    )
+    return f'<div class="scroll"><table><tr><th></th>{head}</tr>{rows}</table></div>'
+
+
 def paired_table(found: Mapping[str, Any], names: tuple[str, str] = ("base", "tuned")) -> str:
     """The comparison over all items and by category, source and group, each difference drawn with its interval."""
     rows = [("", "all", found), *parts(found)]
