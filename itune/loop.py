@@ -361,7 +361,9 @@ class Run:
         if not hasattr(self, "data"):
             return {}
         steps = [step for step in (self.done, self.done + 1) if 1 <= step <= self.total]
-        return {str(step): [a for row in self.data.loader.addresses(step - 1) for a in row] for step in steps}
+        with contextlib.suppress(OSError, ValueError):  # the data may be what failed
+            return {str(step): [a for row in self.data.loader.addresses(step - 1) for a in row] for step in steps}
+        return {}
 
     def log(self, text: str) -> None:
         text = redact(text)
