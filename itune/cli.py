@@ -150,6 +150,13 @@ def _report(arguments: argparse.Namespace) -> int:
     return _finish(arguments, report_numbers(arguments.workdir, arguments.other) if arguments.json else None)
 
 
+def _verify(arguments: argparse.Namespace) -> int:
+    from itune.verify import verify
+
+    result = verify(_config(arguments), arguments.workdir, only=arguments.only or ())
+    return max(_finish(arguments, result), int(not result["passed"]))
+
+
 def _data(arguments: argparse.Namespace) -> int:
     from itune.data import report, show
 
@@ -174,6 +181,7 @@ def _data(arguments: argparse.Namespace) -> int:
 VERBS = {
     "demo": _demo, "train": _train, "eval": _eval, "export": _export, "generate": _generate, "chat": _chat,
     "report": _report, "data": _data, "checkpoints": _checkpoints,
+    "verify": _verify,
 }
 
 if __name__ == "__main__":

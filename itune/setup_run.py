@@ -73,10 +73,13 @@ def prepare_data(config: Config, log: Log) -> Data:
     return Data(tokenizer, dataset, loader)
 
 
-def make_plan(config: Config, data: Data, log: Log, devices: Sequence[Any] | None = None) -> Plan:
+def make_plan(
+    config: Config, data: Data, log: Log, devices: Sequence[Any] | None = None, *, scan: bool = True
+) -> Plan:
     """Mesh, model, optimizer and step of a run. Raises InputError for whatever does not fit; no weight is read.
 
-    `devices`: what to plan for, this machine's by default; they need not be there (`itune.plan.compile`).
+    `devices`: what to plan for, this machine's by default; they need not be there (`itune.plan.compile`). `scan` False:
+    no layer is stacked (`itune.models.unrolled`).
     """
     check_evaluators(config, data.dataset)
     check_patience(config)
@@ -87,7 +90,7 @@ def make_plan(config: Config, data: Data, log: Log, devices: Sequence[Any] | Non
     check_batch(batch, mesh, config.train.accumulation)
     model = load_model(config.model.path, mesh, **model_settings(config, data.tokenizer))
     dropout = config.lora.dropout if config.lora.rank else 0.0
-    model = dataclasses.replace(model, max_segments=data.loader.max_segments, dropout=dropout)
+    model = dataclasses.replace(model, max_segments=data.loader.max_segments, dropout=dropout, scan=scan)
     if config.data.max_length > model.config.max_length:
         log(
             f"warning: data.max_length is {config.data.max_length} tokens, {config.model.path} was made for at most "

@@ -79,6 +79,13 @@ def build_parser(version: str) -> Parser:
 
     _model(_verb(verbs, "chat", "talk to a model in the terminal", "itune chat --model models/x"))
 
+    sub = _verb(verbs, "verify", "prove on your config, model and data that no setting changes the loss",
+                "itune verify --config demo")
+    _config(sub)
+    sub.add_argument("--workdir", metavar="DIR", help="a new folder that keeps the runs (default: they are removed)")
+    sub.add_argument("--only", action="append", metavar="CASE", help="run this case alone; may be repeated")
+    _json(sub)
+
     sub = _verb(verbs, "checkpoints", "list a run's checkpoints, each verified", "itune checkpoints runs/x")
     sub.add_argument("workdir", metavar="DIR", help="a run directory")
     _json(sub)

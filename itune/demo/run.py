@@ -94,8 +94,7 @@ def main(workdir: str | Path = "runs/demo", json_path: str | Path | None = None)
 
 def prepare_folder(folder: Path) -> None:
     """Write the instructions. An unfinished demo of this version goes on; what a finished one left goes, not more."""
-    rows = {"train": tasks.train_rows(SEED, LISTS, VERSES, FACT_REPEATS), "held_out": tasks.held_out_rows(SEED)}
-    files = {folder / FILES / f"{name}.jsonl": "".join(json.dumps(row) + "\n" for row in rows[name]) for name in rows}
+    files = instructions(folder / FILES)
     if folder.is_dir() and any(folder.iterdir()):
         if not (folder / MARKER).is_file():
             found = ", ".join(sorted(path.name for path in folder.iterdir())[:4])
@@ -113,6 +112,12 @@ def prepare_folder(folder: Path) -> None:
         file.write_text(text, encoding="utf-8")
 
 
+def instructions(folder: Path) -> dict[Path, str]:
+    """The generated instructions: the texts of `train.jsonl` and `held_out.jsonl`, by their paths in a folder."""
+    rows = {"train": tasks.train_rows(SEED, LISTS, VERSES, FACT_REPEATS), "held_out": tasks.held_out_rows(SEED)}
+    return {folder / f"{name}.jsonl": "".join(json.dumps(row) + "\n" for row in rows[name]) for name in rows}
+
+
 def _can_go_on(folder: Path, files: Mapping[Path, str]) -> bool:
     """Whether a run of just these instructions and settings was begun there, and not finished."""
     if (folder / "demo.json").exists() or not (folder / "config.json").is_file():
@@ -123,9 +128,13 @@ def _can_go_on(folder: Path, files: Mapping[Path, str]) -> bool:
 
 def make_config(folder: Path) -> Config:
     """The config of the run: what `itune train --config runs/demo/config.json` would read."""
-    files = {"train": folder / FILES / "train.jsonl", "eval": folder / FILES / "held_out.jsonl"}
-    paths = {"model.path": str(ASSETS / "base"), **{f"data.{name}": str(path) for name, path in files.items()}}
-    return load_config("default", {**SETTINGS, **paths})
+    return load_config("default", settings(folder / FILES))
+
+
+def settings(files: Path) -> dict[str, Any]:
+    """What differs from the defaults, by dotted key; `files` holds the instructions."""
+    paths = {"data.train": str(files / "train.jsonl"), "data.eval": str(files / "held_out.jsonl")}
+    return {**SETTINGS, "model.path": str(ASSETS / "base"), **paths}
 
 
 def compare(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[str, Any]:

@@ -44,9 +44,13 @@ def model_15m(tmp_path_factory):
 @pytest.fixture(scope="module")
 def compiled(model_15m):
     """(plan, Compiled) of the shipped recipe on v5e:2x2, fully sharded."""
+    return _compile(model_15m)
+
+
+def _compile(model_folder, **changes):
     values = {
-        "model.path": str(model_15m), "model.compute_dtype": "bfloat16", "train.remat": "full", "loss.chunk": CHUNK,
-        "train.batch_size": ROWS, "data.max_length": LENGTH, "evaluators": (),
+        "model.path": str(model_folder), "model.compute_dtype": "bfloat16", "train.remat": "full", "loss.chunk": CHUNK,
+        "train.batch_size": ROWS, "data.max_length": LENGTH, "evaluators": (), **changes,
     }  # fmt: skip
     data = types.SimpleNamespace(
         tokenizer=types.SimpleNamespace(vocab_size=8192, added_tokens=()),
@@ -84,6 +88,23 @@ def test_full_logits_never_exist(compiled):
     allowed = max(CHUNK, plan.model.config.width)
     assert allowed < tokens
     assert max(per_entry.values()) <= allowed, {shape for shape, rows in per_entry.items() if rows > allowed}
+
+
+@needs_libtpu
+def test_a_shared_sequence_is_whole_in_keys_and_values_only(model_15m):
+    """context=2 x fsdp=2: splash attention over half of the queries, and no other array spans the row."""
+    length, rows = 1024, 4
+    changes = {"mesh.context": 2, "mesh.fsdp": 2, "data.max_length": length, "train.batch_size": rows}
+    plan, program = _compile(model_15m, **changes)
+    config = plan.model.config
+    assert plan.mesh.shape["context"] == plan.mesh.shape["fsdp"] == 2
+    assert "splash_mha_fwd_segmented" in program.text and "splash_mha_dkv_segmented" in program.text
+    whole = {shape for shape in _arrays(program.text) if length in shape}
+    print(config, sorted(whole), sep="\n")
+    by_row = [math.prod(shape) // (length * rows // 2) for shape in whole]
+    keys = config.num_kv_heads * config.head_dim
+    assert keys in by_row, "no gathered keys were found: the test looks in the wrong place"
+    assert max(by_row) <= keys < config.num_heads * config.head_dim <= config.width, whole
 
 
 @needs_libtpu

@@ -10,14 +10,14 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from itune.models.attention import cpu, gpu, tpu, xla
+from itune.models.attention import context, cpu, gpu, tpu
 from itune.types import InputError
 
 log = logging.getLogger("itune")
 
 # name in `model.attention` -> function with the keyword arguments of `attention`, less `backend`
 BACKENDS: dict[str, Callable[..., jax.Array]] = {
-    "xla": xla.attention,
+    "xla": context.attention,
     "blocks": cpu.attention,
     "splash": tpu.attention,
     "cudnn": gpu.cudnn,

@@ -6,13 +6,13 @@ Kernel: `jax.experimental.pallas.ops.tpu.splash_attention`. It sees one device's
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from itune.models.attention.context import divisible_heads
 from itune.sharding import RULES, rows_divisor
 from itune.types import InputError
 
@@ -50,9 +50,9 @@ def attention(
     from jax.experimental.pallas.ops.tpu import splash_attention as splash  # imports Pallas, which costs time
 
     del q_positions_BL, kv_positions_BS, offset, max_segments
-    length, heads, kv_heads = query_BLNH.shape[1], query_BLNH.shape[2], key_BSKH.shape[2]
+    length, heads = query_BLNH.shape[1], query_BLNH.shape[2]
     rows, tensor, context = _layout(mesh, query_BLNH.shape[0], heads)
-    key_BSKH, value_BSKH = (_divisible_heads(x, kv_heads, tensor) for x in (key_BSKH, value_BSKH))
+    key_BSKH, value_BSKH = (divisible_heads(x, tensor) for x in (key_BSKH, value_BSKH))
     block = min(block or _block(mesh, query_BLNH), _round_up(-(-length // context), LANES))
     pad = _round_up(length, block * context) - length
     kernel = _kernel(heads, length + pad, window, softcap, block, tensor, context, interpret)
@@ -123,11 +123,6 @@ def _layout(mesh: Mesh | None, batch: int, heads: int) -> tuple[tuple[str, ...] 
         raise InputError(f"mesh.tensor={tensor} does not divide the model's {heads} query heads; choose a divisor")
     # a batch that the mesh does not divide (a single prompt) is computed whole on every device
     return (RULES["batch"] if batch % rows_divisor(mesh) == 0 else None), tensor, mesh.shape["context"]
-
-
-def _divisible_heads(x_BSKH: jax.Array, kv_heads: int, tensor: int) -> jax.Array:
-    """Each key/value head repeated as often as it takes for `tensor` devices to get whole heads."""
-    return jnp.repeat(x_BSKH, tensor // math.gcd(kv_heads, tensor), axis=2)
 
 
 def _block(mesh: Mesh | None, query_BLNH: jax.Array) -> int:

@@ -24,34 +24,38 @@ def attention(
     *,
     q_segments_BL: jax.Array,
     kv_segments_BS: jax.Array,
-    q_positions_BL: jax.Array | None,
-    kv_positions_BS: jax.Array | None,
-    offset: jax.Array | int,
+    q_positions_BL: jax.Array | None = None,
+    kv_positions_BS: jax.Array | None = None,
+    offset: jax.Array | int = 0,
     window: int | None,
     scale: float,
     softcap: float | None,
-    mesh: Mesh | None,
+    mesh: Mesh | None = None,
     max_segments: int = 0,
     sinks_N: jax.Array | None = None,
+    most_blocks: int = MAX_BLOCKS,
 ) -> jax.Array:
-    """See `itune.models.attention.attention`."""
-    del mesh, max_segments  # XLA partitions this by itself
+    """See `itune.models.attention.attention`; with an int `offset` no block reads keys after its last query."""
+    del mesh, max_segments  # XLA partitions rows and heads by itself; for a shared sequence see context.py
     length, slots = query_BLNH.shape[1], key_BSKH.shape[1]
-    aligned = isinstance(offset, int) and offset == 0 and length == slots
+    long = isinstance(offset, int) and slots >= LONG
     rows = query_BLNH, key_BSKH, value_BSKH, q_segments_BL, kv_segments_BS
     arrays = *rows, q_positions_BL, kv_positions_BS, offset, sinks_N
     blocks = []
-    for start, stop in _blocks(length):
-        first = max(0, start - window + 1) if aligned and window is not None and q_positions_BL is None else 0
-        cut = slice(start, stop), slice(first, stop if aligned else slots)
+    for start, stop in _blocks(length, most_blocks):
+        first, last = 0, slots
+        if isinstance(offset, int):
+            last = min(offset + stop, slots)
+            first = max(0, offset + start - window + 1) if window is not None and q_positions_BL is None else 0
+        cut = slice(start, stop), slice(first, last)
         block = functools.partial(_block, cut=cut, window=window, scale=scale, softcap=softcap)
         # the cut is inside the checkpoint, so that whole keys and values are kept once and not a piece a block
-        blocks.append(jax.checkpoint(block)(*arrays) if length >= LONG else block(*arrays))
+        blocks.append(jax.checkpoint(block)(*arrays) if long else block(*arrays))
     return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
 
 
-def _blocks(length: int) -> list[tuple[int, int]]:
-    size = BLOCK * -(-length // (BLOCK * MAX_BLOCKS))
+def _blocks(length: int, most: int = MAX_BLOCKS) -> list[tuple[int, int]]:
+    size = BLOCK * -(-length // (BLOCK * most))
     return [(start, min(start + size, length)) for start in range(0, length, size)]
 
 
