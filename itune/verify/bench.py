@@ -17,12 +17,13 @@ from itune.evaluators.heldout_loss import Evaluator
 from itune.feed import to_device
 from itune.models.model import Model
 from itune.models.unrolled import unroll_params
-from itune.setup_run import Data, Plan, load_weights, make_plan
+from itune.setup_run import Data, Plan, make_plan
 from itune.step import init_state
-from itune.types import Batch
+from itune.types import Batch, TrainState
 from itune.verify.devices import usable
 from itune.verify.small import STEPS, changed, quiet
 from itune.verify.table import Numbers
+from itune.weights import first_state
 
 JUDGED = 24  # examples in an evaluation
 
@@ -52,16 +53,23 @@ class Bench:
         """The numbers of the plan's own step over the batches, from the weights of the config."""
         batches = self.batches if batches is None else batches
         plan = self.plan({"train.batch_size": batches[0].tokens_BL.shape[0], **changes}, devices, scan)
-        params = load_weights(plan, self.data, quiet)
-        if not scan:
-            params = unroll_params(plan.model, params)
-        state = init_state(plan.model, params, plan.optimizer, plan.config.seed, plan.mesh)
+        state = self.start(plan)
         metrics = []
         for batch in batches:
             state, step_metrics = plan.step(state, to_device(batch, plan.mesh))
             metrics.append(step_metrics)
         losses, norms = (np.array([float(m[name]) for m in metrics]) for name in ("loss", "grad_norm"))
         return Numbers(losses, norms, tensors(plan.model, state.trainable))
+
+    def start(self, plan: Plan) -> TrainState:
+        """The state of step 0; an unrolled model gets the layers of the scanned one."""
+        if plan.model.scan:
+            return first_state(plan, self.data.tokenizer, quiet)
+        stacked = make_plan(plan.config, self.data, quiet, list(plan.mesh.devices.flat))
+        state = first_state(stacked, self.data.tokenizer, quiet)
+        trainable = unroll_params(plan.model, state.trainable)
+        frozen = unroll_params(plan.model, state.frozen) if state.frozen else None
+        return init_state(plan.model, trainable, plan.optimizer, plan.config.seed, plan.mesh, frozen=frozen)
 
     def held_out_loss(self, model: Model, params: Any, batch_size: int) -> float:
         """Loss of some held-out examples, or of training examples where nothing is held out."""

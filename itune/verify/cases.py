@@ -8,12 +8,12 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from itune.setup_run import load_weights
 from itune.types import InputError
 from itune.verify import runs
 from itune.verify.bench import Bench
 from itune.verify.small import one_example_a_row, quiet
 from itune.verify.table import BOUNDS, Row, compare, relative
+from itune.weights import base_weights
 
 MICRO_BATCHES = 4
 
@@ -67,7 +67,7 @@ def cross_entropy(bench: Bench) -> Row:
 
 def evaluation(bench: Bench) -> Row:
     plan = bench.plan({})
-    params = load_weights(plan, bench.data, quiet)
+    params = base_weights(plan.config, plan.model, bench.data.tokenizer, quiet)
     one, many = (bench.held_out_loss(plan.model, params, rows) for rows in (1, 16))
     return Row("", {"loss": relative(one, many)})
 

@@ -84,8 +84,9 @@ def exported(bench: Bench) -> Row:
     run = _load(uninterrupted(bench))
     config = changed(run.config, {"model.path": str(folder), "model.revision": ""})
     model, params = load_pretrained(folder, run.model.mesh, **model_settings(config, run.tokenizer))
-    losses = [bench.held_out_loss(run.model, each, 16) for each in (params, run.params)]
-    same = compare(_of(tensors(model, params)), _of(tensors(run.model, run.params)))
+    trained = run.tuning.merged(*run.halves)
+    losses = [bench.held_out_loss(model, each, 16) for each in (params, trained)]
+    same = compare(_of(tensors(model, params)), _of(tensors(model, trained)))
     return Row("", {"loss": relative(*losses), "parameters": same["parameters"]}, dict(EXACT))
 
 
@@ -108,7 +109,7 @@ def _numbers(folder: Path) -> Numbers:
     losses, norms = (np.array([row[name] for row in logged]) for name in ("loss", "grad_norm"))
     if len(losses) != STEPS:
         raise RunError(f"{folder / 'metrics.jsonl'} has {len(losses)} steps; expected {STEPS}")
-    return Numbers(losses, norms, tensors(run.model, run.params))
+    return Numbers(losses, norms, tensors(run.model, run.halves[0]))
 
 
 def _load(folder: Path) -> LoadedRun:

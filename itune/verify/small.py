@@ -47,11 +47,16 @@ def make_small(config: Config) -> Small:
         if getattr(config.model, key) != "float32":
             notes.append(f"model.{key} is {getattr(config.model, key)}; verified in float32, where a difference is a "
                          "fault and not rounding")
+    if config.lora.rank and config.lora.dropout:
+        notes.append(f"lora.dropout is {config.lora.dropout}; verified without, since it draws anew for every layout")
     if config.model.attention not in ("auto", "xla"):
         notes.append(f"model.attention is {config.model.attention}; float32 runs in XLA")
     small = changed(config, {
         "evaluators": (), "model.param_dtype": "float32", "model.compute_dtype": "float32", "model.attention": "xla",
-        "data.limit": limit, "data.novel_min": 0, "data.packing": True, "data.mixture": {},
+        "data.limit": limit, "data.novel_min": 0, "data.packing": True, "data.limits": {}, "data.mixture": {},
+        "data.counts": {}, "data.cap": 0, "data.temperature": 0.0, "data.balance": {}, "data.max_repeats": 0.0,
+        "data.draws": 0, "lora.dropout": 0.0, "optimizer.moment_dtype": "float32",
+        "optimizer.second_moment_dtype": "float32", "optimizer.stochastic_rounding": False,
         "train.batch_size": ROWS, "train.accumulation": 1, "train.max_steps": STEPS, "train.remat": "none",
         "train.max_skipped": 1, "optimizer.learning_rate": LEARNING_RATE, "optimizer.schedule": "constant",
         "optimizer.warmup": 0.0, "checkpoint.every": 0, "checkpoint.minutes": 0.0, "checkpoint.keep_best": "",
