@@ -37,7 +37,8 @@ def test_logits_on_a_mesh_equal_one_device(make_model, batch, alone, shape):
     params = jax.device_put(alone[0], model.shardings())
     tokens_BL, segments_BL = (jax.device_put(x, batch_sharding(mesh)) for x in batch)
     logits = itune.models.forward(model, params, tokens_BL, segments_BL)
-    np.testing.assert_allclose(logits, alone[1], atol=2e-5)
+    real_BL = batch[1] != 0  # what padding attends to is left open
+    np.testing.assert_allclose(np.asarray(logits)[real_BL], alone[1][real_BL], atol=2e-5)
 
 
 def test_parameters_are_born_sharded_and_one_row_will_do(make_model):
