@@ -100,11 +100,12 @@ def test_a_shared_sequence_is_whole_in_keys_and_values_only(model_15m):
     assert plan.mesh.shape["context"] == plan.mesh.shape["fsdp"] == 2
     assert "splash_mha_fwd_segmented" in program.text and "splash_mha_dkv_segmented" in program.text
     whole = {shape for shape in _arrays(program.text) if length in shape}
-    print(config, sorted(whole), sep="\n")
-    by_row = [math.prod(shape) // (length * rows // 2) for shape in whole]
+    by_token = {shape: math.prod(shape) / (length * rows // 2) for shape in whole}
     keys = config.num_kv_heads * config.head_dim
-    assert keys in by_row, "no gathered keys were found: the test looks in the wrong place"
-    assert max(by_row) <= keys < config.num_heads * config.head_dim <= config.width, whole
+    assert keys in by_token.values(), "no gathered keys were found: the test looks in the wrong place"
+    assert max(by_token.values()) <= 2 * keys, by_token  # keys and values gathered at once
+    divided = {config.num_heads, config.width, config.mlp_width}
+    assert not [shape for shape in whole if len(shape) > 2 and divided & set(shape)], whole
 
 
 @needs_libtpu
