@@ -60,8 +60,8 @@ def make_small(config: Config) -> Small:
         "train.batch_size": ROWS, "train.accumulation": 1, "train.max_steps": STEPS, "train.remat": "none",
         "train.max_skipped": 1, "optimizer.learning_rate": LEARNING_RATE, "optimizer.schedule": "constant",
         "optimizer.warmup": 0.0, "checkpoint.every": 0, "checkpoint.minutes": 0.0, "checkpoint.keep_best": "",
-        "eval.every": 0, "eval.patience": 0, "log.every": 1, "log.tensorboard": False, "log.wandb": "", "profile.steps": "",
-        "mesh": dataclasses.asdict(type(config.mesh)()),
+        "eval.every": 0, "eval.patience": 0, "log.every": 1, "log.tensorboard": False, "log.wandb": "",
+        "profile.steps": "", "mesh": dataclasses.asdict(type(config.mesh)()),
     })  # fmt: skip
     length = _multiple(config.data.max_length)
     if length > LENGTH:
