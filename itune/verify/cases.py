@@ -85,6 +85,8 @@ def _need(bench: Bench, devices: int) -> None:
         raise InputError("one device here (JAX_PLATFORMS=cpu in the environment gives eight)")
 
 
+WHOLE_RUNS = {"processes", "evaluation", "resumed", "exported"}  # not compared with the bench's reference
+
 CASES: dict[str, Case] = {
     "micro-batches": Case(f"{MICRO_BATCHES} micro-batches / 1 batch", micro_batches),
     "packing": Case("one example a row / packed", packing),

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -24,6 +25,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
                           "final_logit_softcapping": 6.0}),
     "qwen3_moe": ("Qwen3Moe", MOE),
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def quick_compilation():
+    """Compiling takes most of the time here."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from itune.verify.table import BOUNDS, Numbers, Row, by_tensor, compare, relativ
 
 # which cases a family takes in the default run; each costs a compilation. -m soak runs them all for each
 SHARE = {
-    "llama": ["resumed", "exported", "evaluation"],
+    "llama": ["resumed", "exported"],
     "qwen3": ["tensor", "unrolled"],
     "gemma2": ["packing", "context"],
     "qwen3_moe": ["micro-batches", "expert"],
@@ -68,15 +68,10 @@ def test_attention_across_examples_is_found(family_config, tmp_path, monkeypatch
     assert "DIFFER" in out and "0 agree, 1 differ, 0 not possible" in out
 
 
-def test_a_mean_of_means_is_found(family_config, tmp_path):
-    small = make_small(family_config("qwen3"))
-    bench = Bench(small.config, small.data, tmp_path)
-    wrong = bench.measure({"loss.weighting": "microbatch_mean", "train.accumulation": 4})
-    differences = compare(wrong, bench.reference)
-    assert all(differences[name] > 10 * bound for name, bound in BOUNDS.items()), differences
+def test_a_weighting_that_depends_on_micro_batches_is_not_compared(family_config, tmp_path):
+    small = make_small(family_config("qwen3", **{"loss.weighting": "microbatch_mean"}))
     with pytest.raises(InputError, match="by definition"):
-        CASES["micro-batches"].run(Bench(make_small(
-            family_config("qwen3", **{"loss.weighting": "microbatch_mean"})).config, small.data, tmp_path))  # fmt: skip
+        CASES["micro-batches"].run(Bench(small.config, small.data, tmp_path))
 
 
 def test_small_keeps_what_decides_and_says_what_it_changed(family_config):
