@@ -91,6 +91,7 @@ def test_full_logits_never_exist(compiled):
 
 
 @needs_libtpu
+@pytest.mark.soak  # tests/models/test_context.py asks the same of a step compiled for CPU
 def test_a_shared_sequence_is_whole_in_keys_and_values_only(model_15m):
     """context=2 x fsdp=2: splash attention over half of the queries, and no other array spans the row."""
     length, rows = 1024, 4
