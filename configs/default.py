@@ -146,7 +146,7 @@ def get_config() -> ConfigDict:
     c.eval.every = 0  # steps; 0 evaluates before and after training
     c.eval.batch_size = 16  # rows
     c.eval.max_new_tokens = 64  # tokens a generated answer may have
-    c.eval.limit = 0  # items that generation evaluators answer; 0 is all
+    c.eval.limit = 0  # items that generation evaluators answer, examples that data score judges; 0 is all
     # what is right: exact | normalized | contains | rouge_l | maths | constraints | constraints_loose |
     # package.module:function with arguments (item, answer)
     c.eval.score = "exact"

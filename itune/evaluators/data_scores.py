@@ -27,7 +27,10 @@ from itune.types import Example, InputError
 
 
 class Evaluator:
-    """Scores every training example, batched and sharded like the held-out loss; the most suspicious come first."""
+    """Scores the training examples, batched and sharded like the held-out loss; the most suspicious come first.
+
+    All of them, or `eval.limit` drawn by the seed.
+    """
 
     needs_held_out = False
     needs_data = True
@@ -38,7 +41,10 @@ class Evaluator:
     def run(self, model: Any, params: Any, tokenizer: Any, dataset: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """(summary, items): an item has address, source, suspicion (0 to 1), loss, alone (the loss without the
         question), ratio, min_p and supervised tokens. Losses are in nats a token."""
-        store = dataset.train
+        store, limit = dataset.train, self.config.eval.limit
+        if limit and limit < len(store):
+            drawn = np.random.default_rng(self.config.seed).permutation(len(store))[:limit]
+            store = memory_store([store[i] for i in np.sort(drawn).tolist()])
         loss, lowest, tokens = example_losses(self.config, model, params, store)
         pieces, owner = answers_alone(store, header_length(tokenizer))
         piece_loss, _, piece_tokens = example_losses(self.config, model, params, pieces)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from pathlib import Path
 
@@ -40,6 +41,17 @@ def test_losses_and_the_least_likely_token_of_each_example(scored):
         nll = [-log_p[i - 1, ids[i]] for i in range(1, len(ids)) if weights[i]]
         assert loss[place] == pytest.approx(np.mean(nll), rel=1e-4) and tokens[place] == len(nll)
         assert lowest[place] == pytest.approx(np.exp(-max(nll)), rel=1e-4)
+
+
+def test_a_limit_draws_some_and_all_come_ranked(scored, monkeypatch):
+    config, model, params = scored
+    monkeypatch.setattr(data_scores, "header_length", lambda tokenizer: 1)
+    dataset = type("Dataset", (), {"train": store_of(ROWS)})
+    summary, items = data_scores.Evaluator(config).run(model, params, None, dataset)
+    assert summary["n"] == 3 == len(items) and [i["suspicion"] for i in items] == sorted(
+        (i["suspicion"] for i in items), reverse=True)  # fmt: skip
+    few = dataclasses.replace(config, eval=dataclasses.replace(config.eval, limit=2))
+    assert len(data_scores.Evaluator(few).run(model, params, None, dataset)[1]) == 2
 
 
 def test_answers_alone_keep_the_header_and_nothing_before_it():
