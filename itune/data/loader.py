@@ -167,22 +167,27 @@ def build_batch(store: ExampleStore, members: Sequence[np.ndarray], rows: int, m
 
     The shift happens here: targets_BL is the next token of the same segment; a segment's last token has weight 0.
     """
-    tokens_BL = np.zeros((rows, max_length), np.int32)
-    targets_BL = np.zeros((rows, max_length), np.int32)
-    loss_weights_BL = np.zeros((rows, max_length), np.float32)
-    segment_ids_BL = np.zeros((rows, max_length), np.int32)
-    positions_BL = np.zeros((rows, max_length), np.int32)
-    for b, row in enumerate(members):
-        start = 0
-        for segment, index in enumerate(row.tolist(), start=1):
-            begin, end = int(store.offsets[index]), int(store.offsets[index + 1])
-            n = end - begin
-            tokens_BL[b, start : start + n] = store.tokens[begin:end]
-            targets_BL[b, start : start + n - 1] = store.tokens[begin + 1 : end]
-            loss_weights_BL[b, start : start + n - 1] = store.weights[begin + 1 : end]
-            segment_ids_BL[b, start : start + n] = segment
-            positions_BL[b, start : start + n] = np.arange(n, dtype=np.int32)
-            start += n
+    shape = rows, max_length
+    tokens_BL, targets_BL, segment_ids_BL, positions_BL = (np.zeros(shape, np.int32) for _ in range(4))
+    loss_weights_BL = np.zeros(shape, np.float32)
+    counts = np.asarray([len(row) for row in members], np.int64)
+    if counts.sum():
+        index = np.concatenate(members)
+        sizes, first = store.lengths[index].astype(np.int64), np.repeat(np.cumsum(counts) - counts, counts)
+        before = np.cumsum(sizes) - sizes  # tokens before each example, over all rows
+        row_start = np.repeat(np.arange(len(members)) * max_length, counts)
+        # every token of the batch at once: where it is read, and where in the flat arrays it is written
+        position = np.arange(sizes.sum()) - np.repeat(before, sizes)
+        place = np.repeat(row_start + before - before[first], sizes) + position
+        source = np.repeat(store.offsets[index], sizes) + position
+        tokens_BL.ravel()[place] = store.tokens[source]
+        segment_ids_BL.ravel()[place] = np.repeat(np.arange(len(index)) - first + 1, sizes)
+        positions_BL.ravel()[place] = position
+        followed = np.ones(len(place), bool)
+        followed[np.cumsum(sizes) - 1] = False
+        place, source = place[followed], source[followed] + 1
+        targets_BL.ravel()[place] = store.tokens[source]
+        loss_weights_BL.ravel()[place] = store.weights[source]
     return Batch(tokens_BL, targets_BL, loss_weights_BL, segment_ids_BL, positions_BL)
 
 

@@ -193,7 +193,8 @@ def _choose(backend, platform, dtype="bfloat16", length=256, head_dim=64, contex
 
 def test_auto_goes_by_the_devices_of_the_mesh(monkeypatch):
     monkeypatch.setattr(gpu, "self_check", lambda *_: "")
-    assert _choose("auto", "cpu") == "xla"
+    assert _choose("auto", "cpu") == _choose("auto", "cpu", window=64) == "blocks"
+    assert _choose("auto", "cpu", length=200) == _choose("auto", "cpu", whole_rows=False) == "xla"
     assert _choose("auto", "tpu") == "splash"
     assert _choose("auto", "tpu", length=64) == "xla"
     assert _choose("auto", "tpu", dtype="float32") == "xla"
@@ -201,7 +202,7 @@ def test_auto_goes_by_the_devices_of_the_mesh(monkeypatch):
     assert _choose("auto", "gpu") == _choose("auto", "gpu", window=64) == "cudnn"
     assert _choose("auto", "gpu", head_dim=100) == "pallas"
     assert _choose("auto", "gpu", softcap=30.0) == _choose("auto", "gpu", context=2) == "xla"
-    assert dispatch.choose_backend("auto", *[jax.ShapeDtypeStruct((1, 256, 2, 64), "bfloat16")] * 2) == "xla"
+    assert dispatch.choose_backend("auto", *[jax.ShapeDtypeStruct((1, 256, 2, 64), "bfloat16")] * 2) == "blocks"
 
 
 def test_a_kernel_that_fails_its_check_is_replaced_with_a_warning(monkeypatch, caplog):
@@ -219,7 +220,7 @@ def test_a_kernel_that_fails_its_check_is_replaced_with_a_warning(monkeypatch, c
     [
         ("splash", "cpu", "it needs a TPU, the devices are CPU"),
         ("cudnn", "tpu", "it needs a GPU, the devices are TPU"),
-        ("flash", "cpu", "'flash' is unknown; choose one of auto, xla, splash, cudnn, pallas"),
+        ("flash", "cpu", "'flash' is unknown; choose one of auto, xla, blocks, splash, cudnn, pallas"),
     ],
 )
 def test_a_backend_that_cannot_run_is_refused(backend, platform, message):

@@ -31,7 +31,7 @@ class _Static(NamedTuple):
 def unsupported(query: Any, key: Any, *, window: int | None, softcap: float | None, mesh: Mesh | None) -> str:
     """Why this cannot run, "" where it can. Below two blocks the plain product is as good."""
     del key, window, softcap
-    if mesh is not None and mesh.size > 1:
+    if mesh is not None and mesh.devices.size > 1:
         return "it computes on one device"
     return "" if query.shape[1] >= 2 * BLOCK else f"rows are shorter than {2 * BLOCK}"
 
