@@ -50,7 +50,7 @@ def test_names_lead_to_classes(monkeypatch):
     assert evaluators.find_evaluator("itune.evaluators.heldout_loss:Evaluator") is heldout_loss.Evaluator
     with pytest.raises(InputError, match=r"cannot find 'heldout_los'.*did you mean heldout_loss"):
         evaluators.find_evaluator("heldout_los")
-    with pytest.raises(InputError, match=r"there are generation, heldout_loss, .*or package\.module:Class"):
+    with pytest.raises(InputError, match=r"there are .*generation, heldout_loss, .*or package\.module:Class"):
         evaluators.find_evaluator("stats")
 
 
