@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -63,36 +64,51 @@ def precision(dtype: Any) -> jax.lax.Precision:
 
 
 def linear(x: jax.Array, kernel_OI: jax.Array, dtype: Any, out_dtype: Any = None) -> jax.Array:
-    """x (..., I) times a kernel stored (out, in) -> (..., O), computed in `dtype`."""
+    """x (..., I) times a kernel stored (out, in) -> (..., O), computed in `dtype`; the result in `out_dtype`.
+
+    In a dtype narrower than float32 the gradients come out in the dtypes of `x` and `kernel_OI` without being rounded
+    to `dtype` on the way: the kernel's partial sums travel between devices in the kernel's dtype (contract 3).
+    """
+    names = jnp.dtype(dtype).name, jnp.dtype(out_dtype or dtype).name
+    return _product(x, kernel_OI, *names) if names[0] == "float32" else _rounded_product(names, x, kernel_OI)
+
+
+def _product(x: jax.Array, kernel_OI: jax.Array, dtype: str, out_dtype: str) -> jax.Array:
     dimensions = (((x.ndim - 1,), (1,)), ((), ()))
     return jax.lax.dot_general(
         x.astype(dtype),
         kernel_OI.astype(dtype),
         dimensions,
         precision=precision(dtype),
-        preferred_element_type=out_dtype or dtype,
+        preferred_element_type=out_dtype,
     )
 
 
-@jax.custom_vjp
-def widening_linear(x: jax.Array, kernel_OI: jax.Array) -> jax.Array:
-    """`linear` of bfloat16 operands with a float32 result, for logits.
-
-    Its backward pass rounds the cotangent to the operands' dtype: left to itself it would multiply in float32.
-    """
-    return linear(x, kernel_OI, x.dtype, jnp.float32)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _rounded_product(names: tuple[str, str], x: jax.Array, kernel_OI: jax.Array) -> jax.Array:
+    # the barrier keeps XLA from rounding all layers' kernels before a scan over them: a second copy of the weights
+    return _product(x, jax.lax.optimization_barrier(kernel_OI), *names)
 
 
-def _widening_forward(x: jax.Array, kernel_OI: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return widening_linear(x, kernel_OI), (x, kernel_OI)
+def _rounded_forward(names: tuple[str, str], x: jax.Array, kernel_OI: jax.Array) -> Any:
+    return _rounded_product(names, x, kernel_OI), (x, kernel_OI)
 
 
-def _widening_backward(operands: tuple[jax.Array, jax.Array], cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, kernel_OI = operands
-    return jax.vjp(lambda x, kernel: linear(x, kernel, x.dtype), x, kernel_OI)[1](cotangent.astype(x.dtype))
+def _rounded_backward(names: tuple[str, str], operands: Any, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Both products take operands of the compute dtype: left to itself, a float32 cotangent would make them float32."""
+    x, kernel_OI = operands[0], jax.lax.optimization_barrier(operands[1])
+    cotangent = cotangent.astype(names[0])
+    over = tuple(range(x.ndim - 1))
+    dx = jax.lax.dot_general(
+        cotangent, kernel_OI.astype(names[0]), (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=x.dtype
+    )
+    dkernel_OI = jax.lax.dot_general(
+        cotangent, x.astype(names[0]), ((over, over), ((), ())), preferred_element_type=kernel_OI.dtype
+    )
+    return dx, dkernel_OI
 
 
-widening_linear.defvjp(_widening_forward, _widening_backward)
+_rounded_product.defvjp(_rounded_forward, _rounded_backward)
 
 
 class Dense(nn.Module):

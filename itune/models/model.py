@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from itune.models.architecture import ModelConfig
 from itune.models.attention.cache import init_cache
-from itune.models.layers import ADAPTERS, AXES, linear, softcap, widening_linear
+from itune.models.layers import ADAPTERS, AXES, linear, softcap
 from itune.models.moe import BALANCE, balance_loss
 from itune.models.transformer import Decoder, Settings
 from itune.sharding import check_divisible, tree_shardings
@@ -106,10 +106,7 @@ class Model:
 
     def head_logits(self, kernel_VD: jax.Array, hidden: jax.Array) -> jax.Array:
         """float32 logits (..., V) with this kernel, or a shard of its rows: the chunked loss differentiates this."""
-        if self.compute_dtype == "float32":
-            logits = linear(hidden, kernel_VD, "float32")
-        else:
-            logits = widening_linear(hidden.astype(self.compute_dtype), kernel_VD.astype(self.compute_dtype))
+        logits = linear(hidden, kernel_VD, self.compute_dtype, "float32")
         scale = self.config.logit_scale
         return softcap(logits if scale == 1 else logits * scale, self.config.logit_softcap)
 

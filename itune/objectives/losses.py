@@ -2,16 +2,19 @@
 
 Tokens of weight 0 are left out before the head, the others pass it in chunks. The forward pass also forms the
 gradients of hidden states and head kernel, so that each chunk's logits are computed once: 6 T D V floating point
-operations for forward and backward together, where recomputing takes 8. On a mesh every device orders its own tokens;
-what moves between devices is the kernel, once, and its gradient, once. (Idea: Wijmans et al., arXiv 2411.09009, and
+operations for forward and backward together, where recomputing takes 8. (Idea: Wijmans et al., arXiv 2411.09009, and
 Hsu et al., arXiv 2410.10989.)
+
+On a mesh every device orders its own tokens. With `fsdp` there are two ways, chosen by what moves less between devices
+(`_spread`): each device keeps a part of the vocabulary, and the chunks of hidden states visit it; or the kernel is
+gathered whole, once, and its gradient summed, once. The first needs no room for a whole kernel and its gradient.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -102,29 +105,65 @@ def _run(static: _Static, with_gradients: bool, kernel_VD: Any, hidden: Any, tar
     return result, gradients
 
 
+class _Layout(NamedTuple):
+    """How a device's tokens and vocabulary entries lie on the mesh."""
+
+    row_axes: tuple[str, ...] = ()  # mesh axes over which tokens are spread
+    vocab_axes: tuple[str, ...] = ()  # those over which the vocabulary is, major first; () where each device has it all
+    visit: bool = False  # tokens of the fsdp group visit each device's part of the vocabulary
+    entries: int = 0  # vocabulary entries of one tensor shard
+
+
+def _layout(mesh: Mesh, kernel_shape: tuple[int, ...], hidden_shape: tuple[int, ...]) -> _Layout:
+    vocab = kernel_shape[0]
+    row_axes = tuple(axis for axis in ("data", "fsdp", "context") if mesh.shape[axis] > 1)
+    tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
+    vocab_axes = ("tensor",) if tensor > 1 and vocab % tensor == 0 else ()
+    tokens = math.prod(hidden_shape[:-1]) // (mesh.shape["data"] * mesh.shape["context"])
+    visit = visits_vocabulary(mesh.shape, kernel_shape, tokens)
+    return _Layout(row_axes, (*vocab_axes, "fsdp") if visit else vocab_axes, visit, vocab // (tensor if vocab_axes else 1))
+
+
+def visits_vocabulary(sizes: Mapping[str, int], kernel_shape: tuple[int, ...], tokens: int) -> bool:
+    """Whether tokens visit the parts of the vocabulary: where a group of fsdp devices has at most 2 V `tokens`.
+
+    Per device 6 D bytes a token move then, against 6 D bytes a vocabulary entry for the gathered kernel (2 there in
+    bfloat16, 4 back in float32): they move as much at V tokens. Up to 2 V the memory is worth it.
+    """
+    vocab, width = kernel_shape
+    return sizes["fsdp"] > 1 and width % sizes["fsdp"] == 0 and tokens <= 2 * vocab
+
+
 def _spread(static: _Static, with_gradients: bool, kernel_VD: Any, hidden: Any, targets: Any, weights: Any) -> Any:
     """`_local` on the one device there is, or on each device of the mesh."""
     mesh = static.mesh
     if mesh is None or mesh.size == 1:
-        return _local(static, with_gradients, (), "", kernel_VD, hidden, targets, weights)
+        return _local(static, with_gradients, _Layout(), kernel_VD, hidden, targets, weights)
+    layout = _layout(mesh, kernel_VD.shape, hidden.shape)
     rows = spec(("batch", "length"))
-    row_axes = tuple(axis for axis in ("data", "fsdp", "context") if mesh.shape[axis] > 1)
-    split_vocab = mesh.shape["tensor"] > 1 and kernel_VD.shape[0] % mesh.shape["tensor"] == 0
-    kernel_spec = PartitionSpec("tensor" if split_vocab else None, None)
+    split = "tensor" if "tensor" in layout.vocab_axes else None
+    scatter = mesh.shape["fsdp"] > 1 and kernel_VD.shape[1] % mesh.shape["fsdp"] == 0
+    kernel_spec = PartitionSpec(split, "fsdp" if layout.visit else None)
     hidden_spec = PartitionSpec(*rows, None)
     loss_specs = CrossEntropy(PartitionSpec(), rows, rows)
-    scatter = "fsdp" in row_axes and kernel_VD.shape[1] % mesh.shape["fsdp"] == 0
-    gradient_specs = PartitionSpec(kernel_spec[0], "fsdp" if scatter else None), hidden_spec
+    gradient_specs = PartitionSpec(split, "fsdp" if scatter else None), hidden_spec
 
-    def body(*arrays: Any) -> Any:
-        result, gradients = _local(static, with_gradients, row_axes, "tensor" if split_vocab else "", *arrays)
-        result = result._replace(loss_sum=jax.lax.psum(result.loss_sum, row_axes))
+    def body(kernel_VD: Any, *arrays: Any) -> Any:
+        if layout.visit:  # a part of every entry becomes the whole of a part of the entries
+            kernel_VD = jnp.pad(kernel_VD, ((0, -layout.entries % mesh.shape["fsdp"]), (0, 0)))
+            kernel_VD = jax.lax.all_to_all(kernel_VD, "fsdp", 0, 1, tiled=True)
+        result, gradients = _local(static, with_gradients, layout, kernel_VD, *arrays)
+        result = result._replace(loss_sum=jax.lax.psum(result.loss_sum, layout.row_axes))
         if gradients is None:
             return result, None
         dkernel_VD, dhidden = gradients
-        if scatter and dkernel_VD is not None:  # each device keeps its columns, as it keeps its part of the parameter
+        if dkernel_VD is None:
+            return result, (None, dhidden)
+        if layout.visit:
+            dkernel_VD = jax.lax.all_to_all(dkernel_VD, "fsdp", 1, 0, tiled=True)[: layout.entries]
+        elif scatter:  # each device keeps its columns, as it keeps its part of the parameter
             dkernel_VD = jax.lax.psum_scatter(dkernel_VD, "fsdp", scatter_dimension=1, tiled=True)
-        others = tuple(axis for axis in row_axes if not (scatter and axis == "fsdp"))
+        others = tuple(axis for axis in layout.row_axes if not (scatter and axis == "fsdp"))
         return result, (jax.lax.psum(dkernel_VD, others), dhidden)
 
     return jax.shard_map(
@@ -137,19 +176,9 @@ def _spread(static: _Static, with_gradients: bool, kernel_VD: Any, hidden: Any, 
 
 
 def _local(
-    static: _Static,
-    with_gradients: bool,
-    row_axes: tuple[str, ...],
-    vocab_axis: str,
-    kernel_VD: Any,
-    hidden: Any,
-    targets: Any,
-    weights: Any,
+    static: _Static, with_gradients: bool, layout: _Layout, kernel_VD: Any, hidden: Any, targets: Any, weights: Any
 ) -> Any:
-    """CrossEntropy and gradients (the kernel's in float32) of the tokens of one device alone.
-
-    `row_axes`: mesh axes over which tokens are spread; `vocab_axis`: the vocabulary's, "" where each device has it all.
-    """
+    """CrossEntropy and gradients (the kernel's in float32) of one device: of its tokens, or of its vocabulary entries."""
     hidden_TD, targets_T, weights_T = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), weights.reshape(-1)
     tokens = targets_T.shape[0]
     chunk = min(static.chunk, tokens)
@@ -157,9 +186,11 @@ def _local(
     places = jnp.nonzero(weights_T > 0, size=math.ceil(tokens / chunk) * chunk)[0]
     count, order = jnp.sum(weights_T > 0), jnp.arange(places.shape[0])
     places = jnp.where(order < count, places, tokens + order)
-    if row_axes:  # every device takes the same number of turns, whatever its own tokens
-        count = jax.lax.pmax(count, row_axes)
-    head = functools.partial(_chunk, static, with_gradients, vocab_axis, kernel_VD)
+    if layout.row_axes:  # every device takes the same number of turns, whatever its own tokens
+        count = jax.lax.pmax(count, layout.row_axes)
+    head = functools.partial(_chunk, static, with_gradients, layout, kernel_VD)
+    if layout.visit:
+        head = functools.partial(_visited, head)
 
     def write(array: Any, at: Any, values: Any) -> Any:
         return array.at[at].set(values, mode="drop", unique_indices=True, indices_are_sorted=True)
@@ -190,37 +221,62 @@ def _local(
     return CrossEntropy(total, nll_T.reshape(targets.shape), correct_T.reshape(targets.shape)), gradients
 
 
+def _visited(head: Any, hidden_CD: Any, targets_C: Any, weights_C: Any) -> Any:
+    """`head` of the chunks of all devices of the fsdp group; what it says of this device's tokens comes back."""
+    gathered = (jax.lax.all_gather(x, "fsdp", tiled=True) for x in (hidden_CD, targets_C, weights_C))
+    *by_token, gradients = head(*gathered)
+    start = jax.lax.axis_index("fsdp") * targets_C.shape[0]
+    nll_C, correct_C = (jax.lax.dynamic_slice_in_dim(x, start, targets_C.shape[0]) for x in by_token)
+    if gradients is None:
+        return nll_C, correct_C, None
+    dkernel_VD, dhidden_TD = gradients
+    dhidden_CD = jax.lax.psum_scatter(dhidden_TD, "fsdp", scatter_dimension=0, tiled=True)
+    # the barrier keeps XLA from rounding the parts to the hidden states' dtype before it sums them
+    return nll_C, correct_C, (dkernel_VD, jax.lax.optimization_barrier(dhidden_CD))
+
+
 def _chunk(
     static: _Static,
     with_gradients: bool,
-    vocab_axis: str,
+    layout: _Layout,
     kernel_VD: Any,
     hidden_TD: Any,
     targets_T: Any,
     weights_T: Any,
 ) -> Any:
-    """(nll_T, correct_T, (dkernel_VD, dhidden_TD) or None) of one chunk."""
+    """(nll_T, correct_T, (dkernel_VD, dhidden_TD) or None) of one chunk; gradients in float32.
+
+    `dhidden_TD` lacks the sum over the fsdp devices where tokens visit.
+    """
     pull: Any = None
     if not with_gradients:
         logits_TV = static.logits_fn(kernel_VD, hidden_TD)
-    elif static.kernel_gradient:
-        logits_TV, pull = jax.vjp(static.logits_fn, kernel_VD, hidden_TD)
-    else:
-        logits_TV, pull = jax.vjp(functools.partial(static.logits_fn, kernel_VD), hidden_TD)
-    first = jax.lax.axis_index(vocab_axis) * logits_TV.shape[-1] if vocab_axis else 0
-    is_target_TV = jnp.arange(logits_TV.shape[-1])[None, :] + first == targets_T[:, None]
+    else:  # as float32 arguments, so that their gradients are not rounded before they are summed
+        kernel_VD, hidden_TD = kernel_VD.astype(jnp.float32), hidden_TD.astype(jnp.float32)
+        if static.kernel_gradient:
+            logits_TV, pull = jax.vjp(static.logits_fn, kernel_VD, hidden_TD)
+        else:
+            logits_TV, pull = jax.vjp(functools.partial(static.logits_fn, kernel_VD), hidden_TD)
+    axes, entries = layout.vocab_axes, jnp.arange(logits_TV.shape[-1])
+    if layout.visit:  # the last device's part ends in entries that do not exist
+        entries += jax.lax.axis_index("fsdp") * logits_TV.shape[-1]
+        entries = jnp.where(entries < layout.entries, entries, jnp.iinfo(jnp.int32).min)  # which no target equals
+        logits_TV = jnp.where(entries >= 0, logits_TV, -jnp.inf)
+    if "tensor" in axes:
+        targets_T = targets_T - jax.lax.axis_index("tensor") * layout.entries
+    is_target_TV = entries[None, :] == targets_T[:, None]
     highest_T = jnp.max(logits_TV, axis=-1)
-    highest_T = jax.lax.pmax(highest_T, vocab_axis) if vocab_axis else highest_T
+    highest_T = jax.lax.pmax(highest_T, axes) if axes else highest_T
     normaliser_T = jnp.sum(jnp.exp(logits_TV - highest_T[:, None]), axis=-1)
     target_T = jnp.sum(jnp.where(is_target_TV, logits_TV, 0), axis=-1)
-    if vocab_axis:
-        normaliser_T, target_T = jax.lax.psum((normaliser_T, target_T), vocab_axis)
+    if axes:
+        normaliser_T, target_T = jax.lax.psum((normaliser_T, target_T), axes)
     nll_T = highest_T + jnp.log(normaliser_T) - target_T
     correct_T = (target_T >= highest_T).astype(jnp.float32)
     if pull is None:
         return nll_T, correct_T, None
     softmax_TV = jnp.exp(logits_TV - highest_T[:, None]) / normaliser_T[:, None]
     *dkernel_VD, dhidden_TD = pull(weights_T[:, None] * (softmax_TV - is_target_TV))
-    if vocab_axis:
-        dhidden_TD = jax.lax.psum(dhidden_TD, vocab_axis)
+    if "tensor" in axes:
+        dhidden_TD = jax.lax.psum(dhidden_TD, "tensor")
     return nll_T, correct_T, (dkernel_VD[0] if dkernel_VD else None, dhidden_TD)

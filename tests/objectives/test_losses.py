@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from itune.models.layers import widening_linear
+from itune.models.layers import linear
 from itune.objectives.losses import chunked_cross_entropy
 from itune.sharding import make_mesh, named
 
@@ -112,8 +113,9 @@ def test_full_logits_never_exist(inputs):
     assert max(sizes(jax.make_jaxpr(jax.grad(loss, (0, 1)))(kernel, hidden).jaxpr)) <= max(B * L * D, V * D, 8 * V)
 
 
-@pytest.mark.parametrize("vocabulary", [V, V - 1])
+@pytest.mark.parametrize("vocabulary", [V, V - 1, V - 2, 10])
 def test_on_a_mesh_as_on_one_device_without_gathering_hidden_or_logits(inputs, vocabulary):
+    """A vocabulary that tensor divides, that nothing divides, that fsdp does not divide, and one of few entries."""
     kernel, hidden, targets, weights = inputs
     kernel, targets = kernel[:vocabulary], targets % vocabulary
     mesh = make_mesh({"fsdp": 2, "context": 2, "tensor": 2})
@@ -125,15 +127,17 @@ def test_on_a_mesh_as_on_one_device_without_gathering_hidden_or_logits(inputs, v
     wanted = alone(kernel, hidden, targets, weights)
     rows = named(mesh, ("batch", "length"))
     hidden_rows = NamedSharding(mesh, PartitionSpec(*rows.spec, None))
-    kernel_rows = named(mesh, ("vocab" if vocabulary == V else None, "embed"))
+    kernel_rows = named(mesh, ("vocab" if vocabulary % 2 == 0 else None, "embed"))
     placed = jax.device_put((kernel, hidden, targets, weights), (kernel_rows, hidden_rows, rows, rows))
     step = jax.jit(jax.value_and_grad(functools.partial(loss, mesh=mesh), (0, 1))).lower(*placed).compile()
     value, gradients = step(*placed)
     np.testing.assert_allclose(value, wanted[0], rtol=1e-6)
     for ours, theirs in zip(gradients, wanted[1]):
-        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6)
     gathered = [line for line in step.as_text().splitlines() if " all-gather(" in line]
-    assert gathered, "the kernel at least is gathered over fsdp"
+    assert gathered, "chunks of tokens, or the kernel where there are more tokens than entries, are gathered over fsdp"
+    whole = [line for line in gathered if re.search(rf"f32\[{vocabulary // 2},{D}\]", line.split(" all-gather(")[0])]
+    assert bool(whole) == (B * L // 2 > 2 * vocabulary), gathered
     assert all(f"{B},{L}" not in line.split(" all-gather(")[0] for line in gathered), gathered
 
 
@@ -142,7 +146,7 @@ def test_bfloat16_products_with_float32_losses(inputs):
     hidden = jnp.asarray(hidden, jnp.bfloat16)
 
     def logits_fn(kernel, hidden):
-        return widening_linear(hidden, kernel.astype(jnp.bfloat16))
+        return linear(hidden, kernel, "bfloat16", "float32")
 
     def loss(kernel, hidden):
         return chunked_cross_entropy(logits_fn, kernel, hidden, targets, weights, chunk=5).loss_sum
