@@ -134,6 +134,8 @@ def get_config() -> ConfigDict:
     c.mesh.expert = 1  # devices that share the experts
     c.mesh.context = 1  # devices that share one sequence
     c.mesh.tensor = 1  # devices that share each matrix product
+    c.mesh.dcn_data = 1  # slices (joined by a network only) that hold copies; mesh.data counts inside one
+    c.mesh.dcn_fsdp = 1  # slices that share a copy's weights and optimizer state; mesh.fsdp counts inside one
 
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 200  # steps; 0 saves at the end only

@@ -95,6 +95,17 @@ def _train(arguments: argparse.Namespace) -> int:
     return 143 if result.preempted else 0
 
 
+def _plan(arguments: argparse.Namespace) -> int:
+    from itune.plan.run import plan
+
+    result = plan(
+        _config(arguments), arguments.topology, search=arguments.search, compiled=not arguments.formula,
+        price_file=arguments.prices,
+    )
+    _finish(arguments, result)
+    return 0 if result.get("best", result)["fits"] else 1
+
+
 def _eval(arguments: argparse.Namespace) -> int:
     from itune.saved_run import evaluate_saved
 
@@ -179,8 +190,8 @@ def _data(arguments: argparse.Namespace) -> int:
 
 
 VERBS = {
-    "demo": _demo, "train": _train, "eval": _eval, "export": _export, "generate": _generate, "chat": _chat,
-    "report": _report, "data": _data, "checkpoints": _checkpoints,
+    "demo": _demo, "train": _train, "plan": _plan, "eval": _eval, "export": _export, "generate": _generate,
+    "chat": _chat, "report": _report, "data": _data, "checkpoints": _checkpoints,
     "verify": _verify,
 }
 

@@ -92,6 +92,8 @@ class MeshSection:
     expert: int = _key(1, "devices, -1 infers", -1)
     context: int = _key(1, "devices, -1 infers", -1)
     tensor: int = _key(1, "devices, -1 infers", -1)
+    dcn_data: int = _key(1, "slices", 1)
+    dcn_fsdp: int = _key(1, "slices", 1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,6 +20,7 @@ from itune.models.lora import Lora
 from itune.objectives.sft import make_sft
 from itune.optim import make_optimizer, make_schedule
 from itune.runtime.secrets import redact_tree
+from itune.plan.check import one_line
 from itune.sharding import batch_sharding, make_mesh
 from itune.spikes import with_window
 from itune.step import TrainStep, abstract_state, check_batch, make_train_step
@@ -111,6 +112,8 @@ def make_plan(
     )
     log(tuning.describe(trainable, frozen))
     state = abstract_state(model, optimizer, mesh, trainable=trainable, frozen=frozen)
+    if devices is None:
+        log(one_line(config, model, mesh, state))
     return Plan(config, mesh, model, tuning, optimizer, step, state, batch)
 
 

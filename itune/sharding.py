@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from itune.types import InputError
 
 MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
+DCN_AXES = ("dcn_data", "dcn_fsdp")  # parts of data and fsdp that run over slices
 
 # logical axis -> mesh axes. A logical axis that does not stand here is an error.
 RULES: dict[str, tuple[str, ...]] = {
@@ -31,31 +32,63 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 
 
-def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over all axes of `MESH_AXES`. One axis may be -1: it takes the devices that the others leave.
+def mesh_sizes(shape: Mapping[str, int] | None, devices: int) -> dict[str, int]:
+    """Axis -> size inside a slice, and "dcn_data", "dcn_fsdp": slices that an axis spans besides.
 
-    Without `shape` every device goes to `fsdp`. Raises InputError when the product is not the number of devices.
+    One axis may be -1: it takes the devices that the others leave. Without `shape` every device goes to `fsdp`.
+    Raises InputError when the product is not the number of devices.
     """
-    devices = list(jax.devices() if devices is None else devices)
-    sizes = dict.fromkeys(MESH_AXES, 1)
+    sizes = dict.fromkeys((*MESH_AXES, *DCN_AXES), 1)
     sizes.update(shape if shape is not None else {"fsdp": -1})
-    unknown = set(sizes) - set(MESH_AXES)
+    unknown = set(sizes) - {*MESH_AXES, *DCN_AXES}
     if unknown:
-        raise InputError(f"mesh: unknown axis {sorted(unknown)}; axes are {', '.join(MESH_AXES)}")
+        raise InputError(f"mesh: unknown axis {sorted(unknown)}; axes are {', '.join((*MESH_AXES, *DCN_AXES))}")
     inferred = [axis for axis, size in sizes.items() if size == -1]
     known = math.prod(size for size in sizes.values() if size != -1)
     if len(inferred) > 1:
         raise InputError(f"mesh: only one axis may be -1, found {', '.join(inferred)}")
-    if inferred and len(devices) % known == 0:
-        sizes[inferred[0]] = len(devices) // known
-    if math.prod(sizes.values()) != len(devices):
+    if inferred and devices % known == 0:
+        sizes[inferred[0]] = devices // known
+    if math.prod(sizes.values()) != devices:
         asked = " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1) or "one device"
         raise InputError(
-            f"mesh: {asked} does not fit {len(devices)} devices; make the product {len(devices)}, "
+            f"mesh: {asked} does not fit {devices} devices; make the product {devices}, "
             "or give one axis -1 to let it take what the others leave"
         )
-    grid = np.asarray(devices).reshape([sizes[axis] for axis in MESH_AXES])
+    return sizes
+
+
+def axis_sizes(sizes: Mapping[str, int]) -> dict[str, int]:
+    """Axis -> size over all slices, of what `mesh_sizes` gives."""
+    return {axis: sizes[axis] * sizes.get(f"dcn_{axis}", 1) for axis in MESH_AXES}
+
+
+def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh over all axes of `MESH_AXES`, of the sizes that `mesh_sizes` gives.
+
+    With `dcn_data` or `dcn_fsdp` above 1 the outer part of that axis runs over slices (the network between them is
+    slow), everything else stays inside one. Raises InputError when sizes, devices and slices do not fit together.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = mesh_sizes(shape, len(devices))
+    outer = [sizes[axis] for axis in DCN_AXES]
+    grid = np.asarray(_by_slice(devices, math.prod(outer))).reshape([*outer, *(sizes[axis] for axis in MESH_AXES)])
+    # (slices of data, slices of fsdp, data, fsdp, ...) -> each axis outside its inner part
+    grid = grid.transpose(0, 2, 1, 3, *range(4, grid.ndim)).reshape(list(axis_sizes(sizes).values()))
     return Mesh(grid, MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(MESH_AXES))
+
+
+def _by_slice(devices: list[Any], wanted: int) -> list[Any]:
+    """The devices ordered by slice. Raises InputError where they lie in another number of slices than `wanted`.
+
+    Devices that know of no slices (CPUs, GPUs) are cut into equal groups in their order: by host.
+    """
+    slices = {getattr(device, "slice_index", 0) for device in devices}
+    if wanted > 1 and len(slices) not in (1, wanted):
+        raise InputError(
+            f"mesh: dcn_data x dcn_fsdp is {wanted}, the devices lie in {len(slices)} slices; make it {len(slices)}"
+        )
+    return sorted(devices, key=lambda device: getattr(device, "slice_index", 0)) if wanted > 1 else devices
 
 
 def spec(logical: Sequence[str | None]) -> PartitionSpec:

@@ -103,6 +103,10 @@ class TrainStep:
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         return self._jit(state)(state, batch)
 
+    def trace(self, state: TrainState, batch: Batch) -> Any:
+        """What `jax.jit(...).trace` gives: its `.jaxpr` to count in, its `.lower()` to compile."""
+        return self._jit(state).trace(state, batch)
+
     def lower(self, state: TrainState, batch: Batch) -> Any:
         return self._jit(state).lower(state, batch)
 

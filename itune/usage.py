@@ -50,6 +50,17 @@ def build_parser(version: str) -> Parser:
                      help="start again after a failure, until N restarts bring no new step (default 0)")
     _json(sub)
 
+    sub = _verb(verbs, "plan", "what a run needs and takes on chips that need not be here",
+                "itune plan --config sft --config.model.path=MODEL --topology v5e:4x4 --config.train.max_steps=1000")
+    _config(sub)
+    sub.add_argument("--topology", metavar="SLICE",
+                     help="v5e:4x4, v6e:2x4, v5p:2x2x1, gpu:h200:8, 2*v5e:4x4 for two slices (default: this machine)")
+    sub.add_argument("--search", action="store_true",
+                     help="the fastest mesh, micro-batch and rematerialisation that fits")
+    sub.add_argument("--formula", action="store_true", help="compile nothing: within about 15 %%, in seconds")
+    sub.add_argument("--prices", metavar="FILE", help="another price table (default: the shipped prices.toml)")
+    _json(sub)
+
     sub = _verb(verbs, "eval", "judge a checkpoint or a model folder on held-out items",
                 "itune eval --config runs/x/config.json --workdir runs/x")
     _config(sub)

@@ -117,11 +117,12 @@ class _Layout(NamedTuple):
 def _layout(mesh: Mesh, kernel_shape: tuple[int, ...], hidden_shape: tuple[int, ...]) -> _Layout:
     vocab = kernel_shape[0]
     row_axes = tuple(axis for axis in ("data", "fsdp", "context") if mesh.shape[axis] > 1)
-    tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
+    tensor = mesh.shape["tensor"]
     vocab_axes = ("tensor",) if tensor > 1 and vocab % tensor == 0 else ()
     tokens = math.prod(hidden_shape[:-1]) // (mesh.shape["data"] * mesh.shape["context"])
     visit = visits_vocabulary(mesh.shape, kernel_shape, tokens)
-    return _Layout(row_axes, (*vocab_axes, "fsdp") if visit else vocab_axes, visit, vocab // (tensor if vocab_axes else 1))
+    entries = vocab // tensor if vocab_axes else vocab
+    return _Layout(row_axes, (*vocab_axes, "fsdp") if visit else vocab_axes, visit, entries)
 
 
 def visits_vocabulary(sizes: Mapping[str, int], kernel_shape: tuple[int, ...], tokens: int) -> bool:
@@ -178,7 +179,7 @@ def _spread(static: _Static, with_gradients: bool, kernel_VD: Any, hidden: Any, 
 def _local(
     static: _Static, with_gradients: bool, layout: _Layout, kernel_VD: Any, hidden: Any, targets: Any, weights: Any
 ) -> Any:
-    """CrossEntropy and gradients (the kernel's in float32) of one device: of its tokens, or of its vocabulary entries."""
+    """CrossEntropy and gradients (the kernel's in float32) of one device: of its tokens, or its vocabulary entries."""
     hidden_TD, targets_T, weights_T = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), weights.reshape(-1)
     tokens = targets_T.shape[0]
     chunk = min(static.chunk, tokens)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -46,8 +49,16 @@ class Compiled:
     seconds: float
 
 
-def topology_devices(name: str) -> list[Any]:
-    """Stand-ins for the devices of a TPU slice such as "v5e:2x2", "v6e:2x4" or "v5p:2x2x1", to build a mesh from.
+class DoesNotFit(InputError):
+    """The compiler found no room. `needed` bytes, 0 where it did not say."""
+
+    def __init__(self, message: str, needed: int = 0) -> None:
+        super().__init__(message)
+        self.needed = needed
+
+
+def topology_devices(name: str, slices: int = 1) -> list[Any]:
+    """Stand-ins for the devices of TPU slices such as "v5e:2x2", "v6e:2x4" or "v5p:2x2x1", to build a mesh from.
 
     Raises InputError where libtpu is missing or does not know the slice.
     """
@@ -55,8 +66,9 @@ def topology_devices(name: str) -> list[Any]:
 
     for key, value in LIBTPU_SETTINGS.items():
         os.environ.setdefault(key, value)
+    several = {"num_slices": slices} if slices > 1 else {}
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **several).devices)
     except Exception as error:  # jax, the plugin and libtpu each raise their own
         said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
@@ -68,18 +80,36 @@ def topology_devices(name: str) -> list[Any]:
 def compile_step(step: TrainStep, state: TrainState, batch: Batch) -> Compiled:
     """Compile a train step for the devices that its abstract state and batch lie on; nothing is computed.
 
-    `state` and `batch` are ShapeDtypeStructs with shardings (`itune.step.abstract_state`). Raises InputError when the
-    program does not fit the device.
+    `state` and `batch` are ShapeDtypeStructs with shardings (`itune.step.abstract_state`). Raises DoesNotFit, an
+    InputError, when the program does not fit the device.
     """
+    return compile_lowered(step.lower(state, batch), "the step")
+
+
+def compile_lowered(lowered: Any, what: str) -> Compiled:
+    """The same for any lowered function; `what` names it in the message."""
     start = time.perf_counter()
-    lowered = step.lower(state, batch)
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = _compile(lowered, what, folder)
+        try:
+            text = compiled.as_text()
+        except jax.errors.JaxRuntimeError:  # jaxlib 0.10 cannot read back some asynchronous fusions of v5p and v6e
+            text = next(Path(folder).glob("*after_optimizations.txt")).read_text()
+    return Compiled(_memory(compiled.memory_analysis()), text, time.perf_counter() - start)
+
+
+def _compile(lowered: Any, what: str, folder: str) -> Any:
+    """The executable, its HLO text left in `folder`."""
     try:
-        compiled = lowered.compile()
+        return lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise InputError(f"the step does not fit the device's memory: {str(error).splitlines()[0]}") from error
-    return Compiled(_memory(compiled.memory_analysis()), compiled.as_text(), time.perf_counter() - start)
+        used = re.search(r"[Uu]sed ([\d.]+)([KMGT]) of", str(error))
+        needed = int(float(used[1]) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[used[2]]) if used else 0
+        raise DoesNotFit(
+            f"{what} does not fit the device's memory: {str(error).splitlines()[0]}", needed
+        ) from error
 
 
 def _memory(analysis: Any) -> Memory:

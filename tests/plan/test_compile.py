@@ -144,7 +144,7 @@ def test_without_libtpu_the_message_says_what_to_install(monkeypatch):
 
 def test_a_step_that_does_not_fit_is_bad_input():
     class Lowered:
-        def compile(self):
+        def compile(self, compiler_options=None):
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory: 19.3G of 15.7G hbm")
 
     step = types.SimpleNamespace(lower=lambda state, batch: Lowered())

@@ -1,0 +1,118 @@
+"""What one chip has, and slices of them by name: "v5e:4x4", "v6e:2x4", "v5p:2x2x1", "gpu:h200:8", "2*v5e:4x4".
+
+Memory, memory bandwidth and interconnect of TPUs: cloud.google.com/tpu/docs (pages v5e, v5p, v6e); of GPUs: NVIDIA's
+data sheets (NVLink 4). Peak FLOP/s stand in itune/flops.py. `efficiency` is an assumption, stated wherever a time
+is: the share of peak that large matrix products and attention reach together, after published runs (MaxText 61 to 71 %
+MFU of dense models on v5e and v5p, 47 % on v6e; torchtitan and MaxText near 50 % on H100).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+
+from itune.flops import peak_flops
+from itune.types import InputError
+
+OVERLAP_EFFICIENCY = 0.8  # of interconnect and memory bandwidth, an assumption too
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One device. `memory` bytes that a program may use, `memory_bandwidth` and `interconnect` bytes/s.
+
+    `interconnect`: what a device can receive from the others of its slice, all links together, with wrapped rings;
+    `network`: from other slices or hosts. `efficiency`: see above.
+    """
+
+    name: str
+    kind: str
+    memory: int
+    memory_bandwidth: float
+    interconnect: float
+    network: float
+    efficiency: float
+
+    @property
+    def peak(self) -> float:
+        """bfloat16 FLOP/s at most."""
+        return peak_flops(self.kind) or 0.0
+
+
+GIB = 2**30
+# TPU memory is what the compiler lets a program have: 15.75 of 16 GiB on v5e, 31.25 of 32 on v6e, 95.74 on v5p
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("v5e", "TPU v5 lite", int(15.75 * GIB), 819e9, 200e9, 3.1e9, 0.60),
+        Chip("v5p", "TPU v5", int(95.74 * GIB), 2765e9, 600e9, 6.25e9, 0.62),
+        Chip("v6e", "TPU v6 lite", int(31.25 * GIB), 1638e9, 400e9, 12.5e9, 0.50),
+        Chip("h100", "NVIDIA H100", int(79.1 * GIB), 3350e9, 450e9, 50e9, 0.52),
+        Chip("h200", "NVIDIA H200", int(139.8 * GIB), 4800e9, 450e9, 50e9, 0.52),
+        Chip("a100", "NVIDIA A100", int(79.1 * GIB), 2039e9, 300e9, 25e9, 0.52),
+    )
+}
+_WRAPS = {"v5e": 16, "v6e": 16, "v5p": 4}  # a ring closes along an axis of this many chips (a multiple of it)
+_DIMENSIONS = {"v5e": 2, "v6e": 2, "v5p": 3}
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """`slices` equal groups of `chips` chips; between groups runs the data-center network."""
+
+    name: str
+    chip: Chip
+    shape: tuple[int, ...]
+    slices: int = 1
+
+    @property
+    def is_tpu(self) -> bool:
+        return self.chip.name in _DIMENSIONS
+
+    @property
+    def chips(self) -> int:
+        return self.slices * math.prod(self.shape)
+
+    @property
+    def interconnect(self) -> float:
+        """Bytes/s that a device receives inside its slice: axes of one chip have no link, unclosed rings half."""
+        if not self.is_tpu:
+            return self.chip.interconnect
+        per_axis = self.chip.interconnect / _DIMENSIONS[self.chip.name]
+        wraps = _WRAPS[self.chip.name]
+        return sum(per_axis * (1 if size % wraps == 0 else 0.5) for size in self.shape if size > 1) or per_axis
+
+
+def parse_topology(name: str) -> Slice:
+    """The slice that a name means. Raises InputError for an unknown chip or a malformed name, with the nearest."""
+    found = re.fullmatch(r"(?:(\d+)\*)?(?:(gpu):)?([a-z]\w*):(\d+(?:x\d+)*)", name)
+    if found is None:
+        raise InputError(
+            f"--topology {name!r}: expected CHIP:SHAPE such as v5e:4x4, v6e:2x4, v5p:2x2x1, gpu:h200:1, or 2*v5e:4x4 "
+            "for two slices"
+        )
+    slices, gpu, chip, shape = found.groups()
+    known = [key for key in CHIPS if (key in _DIMENSIONS) != bool(gpu)]
+    if chip not in known:
+        near = difflib.get_close_matches(chip, known, n=1, cutoff=0.3)
+        hint = f"; nearest: {near[0]}" if near else ""
+        raise InputError(f"--topology {name!r}: unknown chip {chip!r}; known here: {', '.join(known)}{hint}")
+    sizes = tuple(map(int, shape.split("x")))
+    wanted = _DIMENSIONS.get(chip, 1)
+    if len(sizes) != wanted or 0 in sizes or slices == "0":
+        example = {1: "8", 2: "4x4", 3: "2x2x1"}[wanted]
+        raise InputError(f"--topology {name!r}: {chip} takes {wanted} sizes of at least 1, such as {chip}:{example}")
+    return Slice(name, CHIPS[chip], sizes, int(slices or 1))
+
+
+def here() -> tuple[Chip | None, int]:
+    """This machine's chip (None where it is not in the table, a CPU say) and how many it has."""
+    import jax
+
+    devices = jax.devices()
+    kind = devices[0].device_kind.lower()
+    found = [chip for chip in CHIPS.values() if chip.kind.lower() == kind]
+    found = found or [chip for chip in CHIPS.values() if chip.name in kind and not kind.startswith("tpu")]
+    return (found[0] if found else None), len(devices)

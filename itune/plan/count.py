@@ -1,0 +1,95 @@
+"""Floating-point operations that a step really does, counted in its jaxpr: loops by trip count, kernels by formula.
+
+What automatic differentiation and rematerialisation add stands in the jaxpr, so recomputation and waste show. XLA may
+still remove work; its own count is no use here, because it takes the body of a loop once.
+"""
+
+from __future__ import annotations
+
+import collections
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+# flash attention: products of queries, keys and head width that a kernel does, over those of the forward pass
+KERNELS = {"fwd": 1.0, "dkv": 2.5, "bwd": 2.5, "dq": 1.5}
+
+
+def count_flops(jaxpr: Any, turns: int = 1, visible: float = 0.5) -> dict[str, float]:
+    """FLOPs of matrix products ("products"), of attention kernels, and of products with "float32" operands.
+
+    `jaxpr`: a ClosedJaxpr, all devices together. `turns`: trip count of loops whose own is not static (the chunks of
+    the loss). `visible`: share of the (query, key) square that a kernel computes.
+    """
+    total: dict[str, float] = collections.defaultdict(float)
+    _count(getattr(jaxpr, "jaxpr", jaxpr), 1.0, turns, visible, total)
+    return {name: total[name] for name in ("products", "attention", "float32")}
+
+
+def _count(jaxpr: Any, times: float, turns: int, visible: float, total: dict[str, float]) -> None:
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        if name in ("dot_general", "ragged_dot_general", "ragged_dot"):
+            flops = times * _product(equation)
+            total["products"] += flops
+            if all(v.aval.dtype == np.float32 for v in equation.invars[:2]):
+                total["float32"] += flops
+        elif name == "pallas_call":
+            total["attention"] += times * _kernel(equation, visible)
+        else:
+            inner = times * _repeats(equation, turns)
+            for body in bodies(equation):
+                _count(body, inner, turns, visible, total)
+
+
+def bodies(equation: Any) -> Iterator[Any]:
+    """The jaxprs inside an equation; of a cond only the dearest branch would run, the first is taken."""
+    if equation.primitive.name == "cond":
+        yield equation.params["branches"][0].jaxpr
+        return
+    for value in equation.params.values():
+        for leaf in jax.tree.leaves(value, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            leaf = getattr(leaf, "jaxpr", leaf)
+            if hasattr(leaf, "eqns"):
+                yield leaf
+
+
+def _repeats(equation: Any, turns: int) -> float:
+    """How often an equation's body runs. Inside a shard_map shapes are one device's: it counts once a device."""
+    name = equation.primitive.name
+    if name == "scan":
+        return float(equation.params["length"])
+    if name == "while":
+        return float(turns)
+    if name == "shard_map":
+        return float(equation.params["mesh"].size)
+    return 1.0
+
+
+def _product(equation: Any) -> float:
+    left, right = (v.aval.shape for v in equation.invars[:2])
+    if equation.primitive.name == "dot_general":
+        (contracted, _), (batch, _) = equation.params["dimension_numbers"]
+        out = math.prod(equation.outvars[0].aval.shape)
+        del batch, right
+        return 2.0 * out * math.prod(left[d] for d in contracted)
+    # ragged: each row meets one group's matrix; whatever side is ragged, rows x the two widths
+    rows = left[0]
+    if len(right) == 3:
+        return 2.0 * rows * right[1] * right[2]
+    return 2.0 * rows * left[1] * right[1]
+
+
+def _kernel(equation: Any, visible: float) -> float:
+    """An attention kernel by formula: 4 rows x heads x queries x keys x width, of which a share is visible."""
+    name = str(equation.params.get("name_and_src_info", equation.params.get("name", "")))
+    factor = next((factor for part, factor in KERNELS.items() if part in name), 1.0)
+    shapes = [v.aval.shape for v in equation.invars if len(v.aval.shape) >= 3 and v.aval.dtype != np.int32]
+    if not shapes:
+        return 0.0
+    query = shapes[0]  # (..., N, L, H); keys may have fewer heads and are as long
+    length = max(shape[-2] for shape in shapes[:3])
+    return factor * 4.0 * math.prod(query[:-1]) * length * query[-1] * visible

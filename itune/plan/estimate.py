@@ -1,0 +1,104 @@
+"""Time and cost of a step and of a run, from what the chip can do at most and stated shares of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from itune import flops
+from itune.plan.chips import OVERLAP_EFFICIENCY, Slice
+from itune.plan.layout import Layout
+from itune.types import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Seconds of one step by limit. Compute and traffic inside a slice overlap, the update follows them.
+
+    `model_flops` is what the model needs (all devices), `hardware_flops` what the devices do. `tokens` a step.
+    """
+
+    model_flops: float
+    hardware_flops: float
+    tokens: int
+    compute: float
+    interconnect: float
+    network: float
+    update: float
+
+    @property
+    def step(self) -> float:
+        return max(self.compute, self.interconnect, self.network) + self.update
+
+    @property
+    def bound(self) -> str:
+        return max(("compute", "interconnect", "network"), key=lambda name: getattr(self, name))
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.step
+
+
+def model_flops(layout: Layout, positions_L: np.ndarray | None = None) -> float:
+    """FLOPs that a step of full rows needs; adapters need no gradient of the kernels they stand beside (2/3)."""
+    m, c = layout.model.config, layout.config
+    rows, length = c.train.batch_size, c.data.max_length
+    positions = np.arange(length)[None] if positions_L is None else positions_L[None]
+    segments = np.ones_like(positions)
+    pairs = {w: rows * flops.visible_pairs(positions, segments, w) for w in dict.fromkeys(flops.windows(m))}
+    forward = flops.forward_flops(m, rows * length, pairs)
+    products = 2.0 * flops.matrix_parameters(m) * rows * length
+    return 3 * forward - (products if c.lora.rank else 0)
+
+
+def hardware_flops(layout: Layout) -> float:
+    """What the devices do by formula: model FLOPs, plus a forward pass of the layers again, plus flash attention's."""
+    m, c = layout.model.config, layout.config
+    rows, length = c.train.batch_size, c.data.max_length
+    head = 2.0 * m.width * m.vocab_size * rows * length
+    pairs = {w: rows * flops.visible_pairs(np.arange(length)[None], np.ones((1, length)), w) for w in
+             dict.fromkeys(flops.windows(m))}  # fmt: skip
+    forward = flops.forward_flops(m, rows * length, pairs)
+    attention = forward - 2.0 * flops.matrix_parameters(m) * rows * length
+    again = {"none": 0.0, "dots": attention, "full": forward - head}[c.train.remat]
+    return model_flops(layout) + 0.5 * attention + again
+
+
+def estimate(
+    layout: Layout, where: Slice, traffic: float, across: float = 0.0, hardware: float | None = None
+) -> Estimate:
+    """The estimate for a layout on a slice. `traffic`: bytes a device receives inside its slice; `across`: from others.
+
+    `hardware`: FLOPs of all devices where they were counted, by formula otherwise.
+    """
+    chip, devices = where.chip, where.chips
+    hardware = hardware_flops(layout) if hardware is None else hardware
+    state = 2 * (layout.parameters + layout.optimizer) + 8 * layout.trained  # read and written, gradients read twice
+    return Estimate(
+        model_flops=model_flops(layout),
+        hardware_flops=hardware,
+        tokens=layout.config.train.batch_size * layout.config.data.max_length,
+        compute=hardware / devices / (chip.peak * chip.efficiency),
+        interconnect=traffic / (where.interconnect * OVERLAP_EFFICIENCY),
+        network=across / (chip.network * OVERLAP_EFFICIENCY),
+        update=state / (chip.memory_bandwidth * OVERLAP_EFFICIENCY),
+    )
+
+
+def prices(path: str | Path | None = None) -> dict[str, Any]:
+    """The price table: chip -> {"on_demand": dollars a chip and hour, "noted": date}. InputError if malformed."""
+    from itune.config import configs_dir
+
+    file = Path(path) if path else configs_dir() / "prices.toml"
+    try:
+        table = tomllib.loads(file.read_text())
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"--prices {file}: cannot be read: {error}") from error
+    for chip, row in table.items():
+        if not isinstance(row, dict) or not isinstance(row.get("on_demand"), int | float):
+            raise InputError(f"--prices {file}: [{chip}] needs on_demand = dollars for one chip and hour")
+    return table

@@ -1,0 +1,97 @@
+"""A run's arrays on a mesh of any size, without devices: how many bytes of each lie on one device."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, AxisType
+
+from itune.config import Config
+from itune.models import load_model
+from itune.optim import make_optimizer
+from itune.sharding import MESH_AXES, axis_sizes, check_divisible, mesh_sizes, tree_shardings
+from itune.step import abstract_state, check_batch
+from itune.types import Batch, InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What the formulas read. `parameters`, `optimizer`: bytes on a device; `trained`: parameters a device trains.
+
+    `tokens`: of one micro-batch on one device. `sizes`: axis -> devices over all slices; `dcn`: axis -> slices.
+    """
+
+    config: Config
+    model: Any
+    sizes: Mapping[str, int]
+    dcn: Mapping[str, int]
+    parameters: int
+    optimizer: int
+    trained: int
+    tokens: int
+
+    @property
+    def devices(self) -> int:
+        return math.prod(self.sizes.values())
+
+    @property
+    def width_bytes(self) -> int:
+        """Bytes of one number in the compute dtype."""
+        return 2 if self.config.model.compute_dtype == "bfloat16" else 4
+
+
+def lay_out(config: Config, devices: int, vocab_size: int | None = None) -> Layout:
+    """The run that `config` describes on so many devices. Raises InputError where it cannot be cut that way."""
+    inside = mesh_sizes(dataclasses.asdict(config.mesh), devices)
+    sizes = axis_sizes(inside)
+    mesh: Any = AbstractMesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    rows, length = config.train.batch_size, config.data.max_length
+    check_batch(Batch(*[jax.ShapeDtypeStruct((rows, length), "int32")] * 5), mesh, config.train.accumulation)
+    section = config.model
+    model = load_model(
+        section.path, None, section.param_dtype, revision=section.revision or None, vocab_size=vocab_size,
+        compute_dtype=section.compute_dtype, attention=section.attention, remat=config.train.remat,
+    )
+    abstract, logical = model.abstract_params(), model.logical_axes()
+    check_divisible(mesh, abstract, logical)
+    if model.config.num_heads % sizes["tensor"]:
+        raise InputError(f"mesh.tensor={sizes['tensor']} does not divide the model's {model.config.num_heads} heads")
+    placed = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        abstract, tree_shardings(mesh, logical),
+    )
+    state = abstract_state(model, make_optimizer(config.optimizer, 1), mesh, trainable=placed)
+    groups = sizes["data"] * sizes["fsdp"] * sizes["context"] * config.train.accumulation
+    return Layout(
+        config, model, sizes, {axis: inside[f"dcn_{axis}"] for axis in ("data", "fsdp")},
+        parameters=device_bytes(state.trainable) + device_bytes(state.frozen),
+        optimizer=device_bytes(state.opt_state),
+        trained=sum(_elements(leaf) for leaf in jax.tree.leaves(state.trainable)),
+        tokens=rows * length // groups,
+    )
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes on one device of a tree of arrays, or ShapeDtypeStructs, with shardings."""
+    return sum(_elements(leaf) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _elements(leaf: Any) -> int:
+    return math.prod(leaf.sharding.shard_shape(leaf.shape))
+
+
+def layer_elements(model: Any, tensor: int = 1, expert: int = 1) -> tuple[int, int]:
+    """(entries of the kernels of one average layer, of its largest kernel) where fsdp has gathered them."""
+    whole, largest = 0.0, 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(model.abstract_params()):
+        names = [entry.key for entry in path]
+        if names[0] in ("embed", "lm_head", "final_norm"):
+            continue
+        elements = math.prod(leaf.shape) // tensor // (expert if "experts" in names else 1)
+        whole += elements
+        largest = max(largest, elements // (leaf.shape[0] if names[0] == "blocks" else 1))
+    return int(whole / model.config.num_layers), largest

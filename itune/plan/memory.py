@@ -1,0 +1,89 @@
+"""Memory of a train step on one device, by formula: for chips and sizes that nobody compiles for.
+
+The state is exact (its shards are counted). What lives beside it is modelled in three moments of a step, of which the
+largest counts: the head, a layer's backward pass, and the update. Constants were set by compiled programs; a test
+compares them (tests/plan/test_formula.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from itune.objectives.losses import visits_vocabulary
+from itune.plan.layout import Layout, layer_elements
+
+PROGRAM = 60 * 2**20  # the code itself and small buffers
+
+
+@dataclasses.dataclass(frozen=True)
+class Need:
+    """Bytes on one device. `activations` are those kept from forward to backward pass; `temporaries` all else."""
+
+    parameters: int
+    optimizer: int
+    gradients: int
+    activations: int
+    temporaries: int
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.optimizer + self.gradients + self.activations + self.temporaries
+
+
+def formula_memory(layout: Layout) -> Need:
+    """What one device needs for the train step."""
+    c = layout.config
+    gradients = 4 * layout.trained
+    kept = c.train.remat
+    activations = int(layout.model.config.num_layers * layout.tokens * kept_per_token(layout, kept))
+    held = gradients if c.train.accumulation > 1 else 0  # the sum over micro-batches lives through all of them
+    layer_moment = gradients + activations + layer_bytes(layout)
+    head_moment = activations + head_bytes(layout)
+    peak = max(held + layer_moment, held + head_moment, gradients)
+    shown = gradients + held if held else gradients
+    temporaries = max(peak - shown - activations, 0) + PROGRAM
+    return Need(layout.parameters, layout.optimizer, shown, activations, temporaries)
+
+
+def kept_per_token(layout: Layout, remat: str) -> float:
+    """Bytes a token and layer that wait for the backward pass."""
+    m, t = layout.model.config, layout.sizes["tensor"]
+    if remat == "full":
+        return layout.width_bytes * m.width
+    mlp = _mlp_width(layout)
+    projected = (m.num_heads + 2 * m.num_kv_heads) * m.head_dim / t
+    if remat == "dots":  # layer input, and what every product gives
+        return layout.width_bytes * (3 * m.width + projected + 2 * mlp)
+    attention = 2 * projected + m.num_heads * m.head_dim / t  # before and after rotation, and what is mixed
+    return layout.width_bytes * (5 * m.width + attention + 4 * mlp) + 4 * m.num_heads / t + 8 * m.width
+
+
+def layer_bytes(layout: Layout) -> int:
+    """What one layer's backward pass holds: gathered kernels, their gradients, recomputed activations, cotangents."""
+    m, t = layout.model.config, layout.sizes["tensor"]
+    _, largest = layer_elements(layout.model, t, layout.sizes["expert"])
+    gathered = layout.width_bytes * largest * 3 if layout.sizes["fsdp"] > 1 else layout.width_bytes * largest
+    gradient = 4 * largest
+    widths = 8 * m.width + 5 * _mlp_width(layout) + 4 * m.num_heads * m.head_dim / t
+    return int(gathered + gradient + layout.width_bytes * layout.tokens * widths)
+
+
+def head_bytes(layout: Layout) -> int:
+    """What the loss holds: logits of a chunk with their softmax, the kernel where it is whole, gradients."""
+    m, sizes = layout.model.config, layout.sizes
+    fsdp, t = sizes["fsdp"], sizes["tensor"]
+    vocab, chunk = m.vocab_size / t, min(layout.config.loss.chunk, layout.tokens)
+    logits = chunk * vocab * (4 + layout.width_bytes)
+    hidden = 2 * layout.tokens * m.width * layout.width_bytes
+    if fsdp > 1 and visits_vocabulary(sizes, (m.vocab_size, m.width), layout.tokens * fsdp):
+        part = vocab / fsdp * m.width
+        visitors = fsdp * chunk * m.width * (4 + layout.width_bytes)
+        return int(logits + hidden + part * (8 + layout.width_bytes) + visitors)
+    return int(logits + hidden + vocab * m.width * (4 + layout.width_bytes + (0 if fsdp > 1 else 4)))
+
+
+def _mlp_width(layout: Layout) -> float:
+    """Width of what stands between a layer's MLP kernels, a token, on one device."""
+    m, t = layout.model.config, layout.sizes["tensor"]
+    widths = [m.mlp_width if kind.experts is None else kind.experts.chosen * kind.experts.width for kind in m.kinds]
+    return sum(widths) / len(widths) / t

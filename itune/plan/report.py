@@ -1,0 +1,120 @@
+"""A plan as data: one configuration on one slice, by formula or compiled, with time and cost; and as lines to print."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from itune.plan.chips import OVERLAP_EFFICIENCY, Slice
+from itune.plan.estimate import Estimate
+from itune.plan.memory import Need
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """`need`: bytes on one device; `limit`: what it has, 0 where unknown. `evaluation`: peak of the evaluation step.
+
+    `traffic`: what one device receives a step, by purpose (formula) or by operation (compiled). `compiled`: what
+    compiling took, None by formula.
+    """
+
+    where: Slice
+    settings: dict[str, Any]
+    need: Need
+    limit: int
+    traffic: dict[str, float]
+    time: Estimate
+    steps: int
+    steps_source: str
+    price: float | None
+    compiled: dict[str, float] | None = None
+    evaluation: int = 0
+
+    @property
+    def left(self) -> int:
+        """Bytes free on a device; negative: how much is missing."""
+        return self.limit - max(self.need.total, self.evaluation)
+
+    @property
+    def fits(self) -> bool:
+        return not self.limit or self.left >= 0
+
+    @property
+    def hours(self) -> float:
+        return self.steps * self.time.step / 3600
+
+    @property
+    def cost(self) -> float | None:
+        """Dollars of the whole run; None where price or steps are not known."""
+        return None if self.price is None or not self.steps else self.hours * self.where.chips * self.price
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, unrounded."""
+        t = self.time
+        return {
+            "topology": self.where.name, "chips": self.where.chips, "settings": self.settings, "fits": self.fits,
+            "memory": {**dataclasses.asdict(self.need), "total": self.need.total, "limit": self.limit,
+                       "evaluation": self.evaluation, "left": self.left if self.limit else None},
+            "traffic": self.traffic, "compiled": self.compiled,
+            "flops": {"model": t.model_flops, "hardware": t.hardware_flops, "peak": self.where.chip.peak,
+                      "efficiency": self.where.chip.efficiency},
+            "seconds": {"step": t.step, "compute": t.compute, "interconnect": t.interconnect, "network": t.network,
+                        "update": t.update},
+            "tokens_per_second": t.tokens_per_second, "mfu": mfu(self), "steps": self.steps,
+            "steps_source": self.steps_source, "hours": self.hours if self.steps else None,
+            "dollars_per_chip_hour": self.price, "dollars": self.cost,
+        }  # fmt: skip
+
+
+def mfu(report: Report) -> float:
+    """Model FLOPs that the estimated step does, as a share of peak."""
+    return report.time.model_flops / (report.time.step * report.where.chips * report.where.chip.peak)
+
+
+def lines(report: Report) -> Iterator[str]:
+    """The report for a terminal."""
+    need, t, where = report.need, report.time, report.where
+    how = "compiled for these chips" if report.compiled else "by formula, within about 15 %"
+    yield f"{where.name}: {where.chips} x {where.chip.name}, {settings_text(report.settings)}"
+    yield f"memory of one device ({how}), GiB"
+    for name in ("parameters", "optimizer", "gradients", "activations", "temporaries", "total"):
+        yield f"  {name:<14}{getattr(need, name) / GIB:9.2f}"
+    if report.evaluation:
+        yield f"  {'evaluation':<14}{report.evaluation / GIB:9.2f}   (another program; it runs between steps)"
+    if report.limit:
+        verdict = f"fits, {report.left / GIB:.2f} to spare" if report.fits else f"too large by {-report.left / GIB:.2f}"
+        yield f"  {'chip':<14}{report.limit / GIB:9.2f}   {verdict}"
+    yield "bytes that one device receives a step, GB"
+    for purpose, size in sorted(report.traffic.items(), key=lambda item: -item[1]):
+        yield f"  {purpose:<28}{size / 1e9:9.2f}"
+    waste = t.hardware_flops / t.model_flops
+    yield (
+        f"FLOPs a step: model {t.model_flops:.3e}, hardware {t.hardware_flops:.3e} "
+        f"({waste:.2f}x: recomputation, attention kernels, padding)"
+    )
+    yield (
+        f"estimated step {t.step:.2f} s, bound by {t.bound}: compute {t.compute:.2f} at {where.chip.efficiency:.0%} of "
+        f"{where.chip.peak / 1e12:.0f} TFLOP/s, interconnect {t.interconnect:.2f} and network {t.network:.2f} at "
+        f"{OVERLAP_EFFICIENCY:.0%}, then update {t.update:.2f}"
+    )
+    rate = t.tokens_per_second
+    yield f"  {rate:,.0f} tokens/s, {rate / where.chips:,.0f} a chip, MFU {mfu(report):.1%}"
+    if not report.steps:
+        yield f"steps: {report.steps_source}"
+        return
+    price = f", about ${report.cost:,.0f} at ${report.price:.2f} a chip and hour (your prices: configs/prices.toml)"
+    yield (
+        f"run: {report.steps:,} steps ({report.steps_source}), {report.hours:.2f} hours without evaluation and start"
+        f"{price if report.cost is not None else ''}"
+    )
+
+
+def settings_text(settings: dict[str, Any]) -> str:
+    mesh = " x ".join(f"{axis}={size}" for axis, size in settings["mesh"].items() if size > 1) or "one device"
+    return (
+        f"mesh {mesh}; {settings['rows']} rows of {settings['length']} tokens a step in {settings['accumulation']} "
+        f"micro-batch{'es' if settings['accumulation'] > 1 else ''}, remat {settings['remat']}"
+    )

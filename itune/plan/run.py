@@ -1,0 +1,153 @@
+"""`itune plan`: what a run will need and take, before anything is paid for."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from itune.config import Config
+from itune.evaluators.heldout_loss import token_step
+from itune.models.architecture import ModelConfig
+from itune.plan.chips import Chip, Slice, here, parse_topology
+from itune.plan.compile import Compiled, DoesNotFit, compile_lowered, topology_devices
+from itune.plan.count import count_flops
+from itune.plan.estimate import estimate, prices
+from itune.plan.hlo import moved
+from itune.plan.inputs import Known, known
+from itune.plan.layout import Layout, lay_out
+from itune.plan.memory import Need, formula_memory
+from itune.plan.report import Report, lines
+from itune.plan.traffic import across_slices, formula_traffic
+from itune.setup_run import make_plan
+from itune.sharding import batch_sharding, rows_divisor
+from itune.types import Batch, InputError
+
+Log = Callable[[str], None]
+UNKNOWN_CHIP = Chip("this machine", "", 0, 50e9, 10e9, 1e9, 0.5)
+
+
+def plan(
+    config: Config, topology: str | None = None, *, search: bool = False, compiled: bool = True,
+    price_file: str | None = None, log: Log = print,
+) -> dict[str, Any]:
+    """Plan the run on a slice (this machine's devices without one), print it, and return the numbers.
+
+    Compiles where the slice is of TPUs and libtpu is there. Raises InputError for a config that cannot run there.
+    """
+    if not config.model.path:
+        raise InputError("config: model.path is empty; a folder with config.json is enough to plan")
+    where = parse_topology(topology) if topology else this_machine()
+    table = prices(price_file)
+    facts = known(config)
+    can_compile = compiled and where.is_tpu and importlib.util.find_spec("libtpu") is not None
+    if compiled and where.is_tpu and not can_compile:
+        log("libtpu is absent (pip install libtpu): by formula only")
+    if search:
+        from itune.plan.search import search as run_search
+
+        return run_search(config, where, facts, table, can_compile, log)
+    report = (compiled_report if can_compile else formula_report)(config, where, facts, table)
+    for line in lines(report):
+        log(line)
+    return report.to_dict()
+
+
+def this_machine() -> Slice:
+    """The devices of this machine as a slice."""
+    chip, count = here()
+    return Slice("this machine", chip or UNKNOWN_CHIP, (count,))
+
+
+def formula_report(config: Config, where: Slice, facts: Known, table: dict[str, Any]) -> Report:
+    """Everything by formula: no step is traced or compiled."""
+    layout = lay_out(config, where.chips, facts.data.tokenizer.vocab_size)
+    traffic, across = formula_traffic(layout), across_slices(layout)
+    return Report(
+        where, _settings(layout), formula_memory(layout), where.chip.memory, _shown(traffic, across),
+        estimate(layout, where, sum(traffic.values()), across), facts.steps, facts.source, _price(table, where),
+    )
+
+
+def compiled_report(config: Config, where: Slice, facts: Known, table: dict[str, Any]) -> Report:
+    """Memory, traffic and FLOPs of the very programs that the run would compile."""
+    begun, cpu = time.perf_counter(), time.process_time()
+    layout = lay_out(config, where.chips, facts.data.tokenizer.vocab_size)
+    devices = topology_devices(where.name.rpartition("*")[2], where.slices)
+    made = make_plan(dataclasses.replace(config, evaluators=()), facts.data, lambda line: None, devices)
+    turns = math.ceil(layout.tokens / min(config.loss.chunk, layout.tokens))
+    with jax.default_matmul_precision("default"):
+        traced = made.step.trace(made.state, made.batch)
+        flops = count_flops(traced.jaxpr, turns, visible_share(made.model.config, config.data.max_length))
+        program: Compiled | None = None
+        needed = 0
+        try:
+            program = compile_lowered(traced.lower(), "the train step")
+        except DoesNotFit as error:
+            needed = error.needed
+        evaluation = _evaluation(config, made) if config.evaluators else 0
+    by_formula = formula_memory(layout)
+    traffic, across = formula_traffic(layout), across_slices(layout)
+    if program is not None:
+        traffic, needed = moved(program.text, turns), program.memory.peak
+    report = Report(
+        where, _settings(layout), _split(by_formula, needed), where.chip.memory, _shown(traffic, across),
+        estimate(layout, where, sum(traffic.values()), across, flops["products"] + flops["attention"]),
+        facts.steps, facts.source, _price(table, where), evaluation=evaluation,
+        compiled={"seconds": time.perf_counter() - begun, "cpu_seconds": time.process_time() - cpu,
+                  "formula_total": by_formula.total, "float32_product_flops": flops["float32"],
+                  "fits_compiler": float(program is not None)},
+    )  # fmt: skip
+    return report
+
+
+def visible_share(m: ModelConfig, length: int) -> float:
+    """Share of the (query, key) square of a row that an average layer's attention computes."""
+    seen = [min(kind.window or length, length) for kind in m.kinds]
+    return sum(w * (length - (w - 1) / 2) for w in seen) / len(seen) / length**2
+
+
+def _evaluation(config: Config, made: Any) -> int:
+    """Peak bytes of the held-out loss's step; 0 where the compiler found no room (then training has none either)."""
+    rows = -(-config.eval.batch_size // rows_divisor(made.mesh)) * rows_divisor(made.mesh)
+    shape = (rows, config.data.max_length)
+    sharding = batch_sharding(made.mesh)
+    batch = Batch(*(jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding) for leaf in made.batch))
+    try:
+        lowered = token_step(made.model, config.loss.chunk).lower(made.state.trainable, made.state.frozen, batch)
+        return compile_lowered(lowered, "the evaluation step").memory.peak
+    except DoesNotFit as error:
+        return error.needed
+
+
+def _split(by_formula: Need, needed: int) -> Need:
+    """The compiler's total, its temporaries as what the other parts leave."""
+    if not needed:
+        return by_formula
+    known_parts = by_formula.total - by_formula.temporaries
+    gradients = min(by_formula.gradients, max(needed - known_parts + by_formula.gradients, 0))
+    rest = needed - known_parts + by_formula.gradients - gradients
+    return dataclasses.replace(by_formula, gradients=gradients, temporaries=rest)
+
+
+def _settings(layout: Layout) -> dict[str, Any]:
+    c = layout.config
+    return {
+        "mesh": dict(layout.sizes), "dcn": dict(layout.dcn), "rows": c.train.batch_size, "length": c.data.max_length,
+        "accumulation": c.train.accumulation, "remat": c.train.remat, "lora_rank": c.lora.rank,
+        "compute_dtype": c.model.compute_dtype, "param_dtype": c.model.param_dtype,
+    }  # fmt: skip
+
+
+def _shown(traffic: dict[str, float], across: float) -> dict[str, float]:
+    return {**traffic, **({"of these, from other slices": across} if across else {})}
+
+
+def _price(table: dict[str, Any], where: Slice) -> float | None:
+    row = table.get(where.chip.name)
+    return float(row["on_demand"]) if row else None

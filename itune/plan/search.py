@@ -1,0 +1,118 @@
+"""`itune plan --search`: mesh shapes, micro-batch and rematerialisation; the fastest that fits, the runner-up, and why.
+
+The global batch stays what the config says, so that every choice trains to the same result (contract 3). All candidates
+are ranked by formula; the best five are compiled where that is possible, and ranked again by what was compiled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from itune.config import Config
+from itune.plan.chips import Slice
+from itune.plan.inputs import Known
+from itune.plan.report import Report, lines, settings_text
+from itune.types import InputError
+
+COMPILED = 5
+SECONDS = 500.0  # no compilation begins after this
+REMATS = ("none", "dots", "full")
+
+
+def search(
+    config: Config, where: Slice, facts: Known, table: dict[str, Any], can_compile: bool, log: Callable[[str], None]
+) -> dict[str, Any]:
+    """Print and return the best plan, the runner-up, and every candidate that was compiled."""
+    from itune.plan.run import compiled_report, formula_report
+
+    begun = time.monotonic()
+    ranked: list[tuple[Config, Report]] = []
+    refused = 0
+    for candidate in candidates(config, where):
+        try:
+            ranked.append((candidate, formula_report(candidate, where, facts, table)))
+        except InputError:  # this mesh does not divide the model or the batch
+            refused += 1
+    if not ranked:
+        raise InputError(f"--search: nothing divides {config.train.batch_size} rows over {where.chips} devices; "
+                         "change train.batch_size")
+    ranked.sort(key=lambda pair: order(pair[1], slack=1.05))
+    log(f"search: {len(ranked)} candidates by formula ({refused} do not divide), {time.monotonic() - begun:.0f} s")
+    tried = ranked[:COMPILED]
+    if can_compile:
+        tried = []
+        for candidate, by_formula in ranked[:COMPILED]:
+            if time.monotonic() - begun > SECONDS:
+                log("search: out of time, the rest stays by formula")
+                break
+            report = compiled_report(dataclasses.replace(candidate, evaluators=()), where, facts, table)
+            log(f"  {describe(report)} (formula: {by_formula.need.total / 2**30:.2f} GiB)")
+            tried.append((candidate, report))
+    tried.sort(key=lambda pair: order(pair[1]))
+    best = tried[0][1]
+    if not best.fits:
+        log(f"search: none of the {len(tried)} best fits; the nearest is too large by {-best.left / 2**30:.2f} GiB")
+    for line in lines(best):
+        log(line)
+    second = tried[1][1] if len(tried) > 1 else None
+    why = reason(best, second) if second else ""
+    if second:
+        log(f"runner-up: {describe(second)}; {why}")
+    log("set: " + " ".join(overrides(tried[0][0])))
+    return {
+        "best": best.to_dict(), "runner_up": second.to_dict() if second else None, "why": why,
+        "overrides": overrides(tried[0][0]), "tried": [report.to_dict() for _, report in tried],
+        "candidates": len(ranked), "seconds": time.monotonic() - begun,
+    }
+
+
+def candidates(config: Config, where: Slice) -> Iterator[Config]:
+    """Configs with every division of the devices over data, fsdp and tensor, every micro-batch, every remat policy."""
+    inside = where.chips // where.slices
+    for tensor in (n for n in (1, 2, 4, 8) if inside % n == 0):
+        for data in (n for n in range(1, inside // tensor + 1) if (inside // tensor) % n == 0):
+            fsdp = inside // tensor // data
+            mesh = dataclasses.replace(config.mesh, data=data, fsdp=fsdp, tensor=tensor, expert=1, context=1,
+                                       dcn_data=where.slices, dcn_fsdp=1)
+            groups = data * fsdp * where.slices
+            for accumulation in (n for n in (1, 2, 4, 8, 16, 32, 64) if config.train.batch_size % (n * groups) == 0):
+                for remat in REMATS:
+                    train = dataclasses.replace(config.train, accumulation=accumulation, remat=remat)
+                    yield dataclasses.replace(config, mesh=mesh, train=train)
+
+
+def order(report: Report, slack: float = 1.0) -> tuple[bool, float]:
+    """What fits first (with `slack` for the formula's error), then the fastest; of what does not fit, the smallest."""
+    fits = not report.limit or max(report.need.total, report.evaluation) <= slack * report.limit
+    return not fits, report.time.step if fits else float(report.need.total)
+
+
+def describe(report: Report) -> str:
+    left = f"{report.left / 2**30:.2f} to spare" if report.fits else f"too large by {-report.left / 2**30:.2f}"
+    return (f"{settings_text(report.settings)}: {report.need.total / 2**30:.2f} GiB, {left}, "
+            f"{report.time.step:.2f} s a step")
+
+
+def reason(best: Report, second: Report) -> str:
+    """Why the second is second."""
+    if not second.fits:
+        return "it does not fit"
+    slower = second.time.step / best.time.step - 1
+    limits = ("compute", "interconnect", "network", "update")
+    parts = {name: getattr(second.time, name) - getattr(best.time, name) for name in limits}
+    worst = max(parts, key=lambda name: parts[name])
+    if parts[worst] <= 0:
+        return "as fast by these limits; the first needs " + (
+            "less memory" if best.need.total <= second.need.total else "more memory")
+    return f"{slower:.1%} slower: {parts[worst]:.2f} s more {worst} a step"
+
+
+def overrides(config: Config) -> list[str]:
+    """The command-line options that make the choice."""
+    mesh = {f"mesh.{axis}": getattr(config.mesh, axis) for axis in ("data", "fsdp", "tensor", "expert", "context")}
+    mesh |= {"mesh.dcn_data": config.mesh.dcn_data} if config.mesh.dcn_data > 1 else {}
+    settings = {**mesh, "train.accumulation": config.train.accumulation, "train.remat": config.train.remat}
+    return [f"--config.{key}={value}" for key, value in settings.items()]
