@@ -5,21 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 from itune.config import Config
-from itune.plan.layout import lay_out
+from itune.plan.layout import layout_of
 from itune.plan.memory import formula_memory
 
 SURE = 1.15  # the formula is within 15 % of what is compiled
 
 
-def one_line(config: Config, devices: list[Any], vocab_size: int) -> str:
-    """What a device will hold, and a warning where that is more than it has."""
-    need = formula_memory(lay_out(config, len(devices), vocab_size))
+def one_line(config: Config, model: Any, mesh: Any, state: Any) -> str:
+    """What a device of `mesh` will hold for this abstract state, and a warning where that is more than it has."""
+    need = formula_memory(layout_of(config, model, mesh.shape, state))
+    device = mesh.devices.flat[0]
     text = (
-        f"plan: about {_gb(need.total)} on each of {len(devices)} {devices[0].device_kind} device"
-        f"{'s' if len(devices) > 1 else ''} (parameters {_gb(need.parameters)}, optimizer {_gb(need.optimizer)}, "
+        f"plan: about {_gb(need.total)} on each of {mesh.size} {device.device_kind} device"
+        f"{'s' if mesh.size > 1 else ''} (parameters {_gb(need.parameters)}, optimizer {_gb(need.optimizer)}, "
         f"gradients {_gb(need.gradients)}, activations {_gb(need.activations)}, other {_gb(need.temporaries)})"
     )
-    has = device_memory(devices[0])
+    has = device_memory(device)
     if not has:
         return text
     if need.total > has:

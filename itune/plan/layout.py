@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from itune.config import Config
 from itune.models import load_model
@@ -46,8 +47,7 @@ class Layout:
 
 def lay_out(config: Config, devices: int, vocab_size: int | None = None) -> Layout:
     """The run that `config` describes on so many devices. Raises InputError where it cannot be cut that way."""
-    inside = mesh_sizes(dataclasses.asdict(config.mesh), devices)
-    sizes = axis_sizes(inside)
+    sizes = axis_sizes(mesh_sizes(dataclasses.asdict(config.mesh), devices))
     mesh: Any = AbstractMesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
     rows, length = config.train.batch_size, config.data.max_length
     check_batch(Batch(*[jax.ShapeDtypeStruct((rows, length), "int32")] * 5), mesh, config.train.accumulation)
@@ -64,15 +64,38 @@ def lay_out(config: Config, devices: int, vocab_size: int | None = None) -> Layo
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         abstract, tree_shardings(mesh, logical),
     )
-    state = abstract_state(model, make_optimizer(config.optimizer, 1), mesh, trainable=placed)
+    trainable, frozen = (adapters(config, placed), placed) if config.lora.rank else (placed, None)
+    optimizer = make_optimizer(config.optimizer, 1)
+    return layout_of(config, model, sizes, abstract_state(model, optimizer, mesh, trainable=trainable, frozen=frozen))
+
+
+def layout_of(config: Config, model: Any, sizes: Mapping[str, int], state: Any) -> Layout:
+    """The same from a run's own model and abstract state. `sizes`: axis -> devices over all slices, as a mesh has."""
     groups = sizes["data"] * sizes["fsdp"] * sizes["context"] * config.train.accumulation
     return Layout(
-        config, model, sizes, {axis: inside[f"dcn_{axis}"] for axis in ("data", "fsdp")},
+        config, model, sizes, {axis: getattr(config.mesh, f"dcn_{axis}") for axis in ("data", "fsdp")},
         parameters=device_bytes(state.trainable) + device_bytes(state.frozen),
         optimizer=device_bytes(state.opt_state),
         trained=sum(_elements(leaf) for leaf in jax.tree.leaves(state.trainable)),
-        tokens=rows * length // groups,
+        tokens=config.train.batch_size * config.data.max_length // groups,
     )
+
+
+def adapters(config: Config, placed: Any) -> Any:
+    """float32 low-rank adapters of the kernels that `lora.targets` names, cut as the kernels' own two sides are."""
+    found = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(placed):
+        names = [entry.key for entry in path]
+        if names[-1] != "kernel" or not re.fullmatch(config.lora.targets, names[-2]):
+            continue
+        sharding, (*stack, out, into) = leaf.sharding, leaf.shape
+        spec = (*sharding.spec, *[None] * (leaf.ndim - len(sharding.spec)))
+        for side, shape, parts in (("a", (config.lora.rank, into), (None, spec[-1])),
+                                   ("b", (out, config.lora.rank), (spec[-2], None))):
+            place = NamedSharding(sharding.mesh, PartitionSpec(*spec[:-2], *parts))
+            name = "/".join((*names, side))
+            found[name] = jax.ShapeDtypeStruct((*stack, *shape), "float32", sharding=place)
+    return found
 
 
 def device_bytes(tree: Any) -> int:

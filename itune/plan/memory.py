@@ -63,7 +63,7 @@ def layer_bytes(layout: Layout) -> int:
     m, t = layout.model.config, layout.sizes["tensor"]
     _, largest = layer_elements(layout.model, t, layout.sizes["expert"])
     gathered = layout.width_bytes * largest * 3 if layout.sizes["fsdp"] > 1 else layout.width_bytes * largest
-    gradient = 4 * largest
+    gradient = 0 if layout.config.lora.rank else 4 * largest
     widths = 8 * m.width + 5 * _mlp_width(layout) + 4 * m.num_heads * m.head_dim / t
     return int(gathered + gradient + layout.width_bytes * layout.tokens * widths)
 
@@ -75,11 +75,13 @@ def head_bytes(layout: Layout) -> int:
     vocab, chunk = m.vocab_size / t, min(layout.config.loss.chunk, layout.tokens)
     logits = chunk * vocab * (4 + layout.width_bytes)
     hidden = 2 * layout.tokens * m.width * layout.width_bytes
+    kernel_gradient = 0 if layout.config.lora.rank else 1
     if fsdp > 1 and visits_vocabulary(sizes, (m.vocab_size, m.width), layout.tokens * fsdp):
         part = vocab / fsdp * m.width
         visitors = fsdp * chunk * m.width * (4 + layout.width_bytes)
-        return int(logits + hidden + part * (8 + layout.width_bytes) + visitors)
-    return int(logits + hidden + vocab * m.width * (4 + layout.width_bytes + (0 if fsdp > 1 else 4)))
+        return int(logits + hidden + part * (8 * kernel_gradient + layout.width_bytes) + visitors)
+    whole = layout.width_bytes + kernel_gradient * (4 if fsdp > 1 else 8)
+    return int(logits + hidden + vocab * m.width * whole)
 
 
 def _mlp_width(layout: Layout) -> float:

@@ -15,6 +15,8 @@ import pytest
 
 from itune.config import load_config
 from itune.plan.compile import compile_step, topology_devices
+from itune.plan.count import count_flops
+from itune.plan.hlo import arrays, collectives
 from itune.setup_run import make_plan
 from itune.types import InputError
 
@@ -107,6 +109,51 @@ def test_a_shared_sequence_is_whole_in_keys_and_values_only(model_15m):
     assert max(by_token.values()) <= 2 * keys, by_token  # keys and values gathered at once
     divided = {config.num_heads, config.width, config.mlp_width}
     assert not [shape for shape in whole if len(shape) > 2 and divided & set(shape)], whole
+
+
+@needs_libtpu
+def test_devices_exchange_no_activation_of_a_whole_sequence_and_no_logits(compiled):
+    plan, program = compiled
+    config = plan.model.config
+    gathered = [
+        dims
+        for one in collectives(program.text) if one.kind in ("all-gather", "all-reduce")
+        for dtype, dims in arrays(one.shape) if dtype in ("bf16", "f32")
+    ]  # fmt: skip
+    assert any(config.mlp_width in dims for dims in gathered) or any(
+        one.kind == "collective-permute" for one in collectives(program.text)
+    ), "the layers' kernels are gathered nowhere: the test looks in the wrong place"
+    for dims in gathered:
+        assert math.prod(dims) < ROWS * LENGTH * config.width, f"{dims}: as large as the hidden states of all rows"
+        assert not {config.vocab_size, config.vocab_size // DEVICES} & set(dims), f"{dims}: over the vocabulary"
+
+
+@needs_libtpu
+def test_every_product_of_the_step_takes_bfloat16(compiled):
+    plan, program = compiled
+    assert count_flops(plan.step.trace(plan.state, plan.batch).jaxpr)["float32"] == 0
+    wide = [line for line in program.text.splitlines() if re.search(r" (dot|convolution)\(", line)]
+    assert wide, "no product was found in the text"
+    operands = re.compile(r"(?:dot|convolution)\((?:f32\[|%)")
+    names = {m[1]: m[2] for m in re.finditer(r"%([\w.\-]+) = (\w+)\[", program.text)}
+    for line in wide:
+        inside = re.search(operands, line) and line.split("(", 1)[1].split(")")[0]
+        kinds = [names.get(name, "") for name in re.findall(r"%([\w.\-]+)", inside or "")]
+        assert kinds[:2] != ["f32", "f32"], line[:200]
+
+
+@needs_libtpu
+def test_gradients_are_summed_over_devices_in_float32(compiled):
+    """Contract 3 under bfloat16 compute: the mesh changes float32 rounding only."""
+    plan, program = compiled
+    kernels = {leaf.shape[-2:] for leaf in jax.tree.leaves(plan.state.trainable["blocks"]) if leaf.ndim == 3}
+    parts = {(rows // DEVICES, width) for rows, width in kernels} | {(rows, w // DEVICES) for rows, w in kernels}
+    backward = [one for one in collectives(program.text) if "transpose" in one.source and "dot_general" in one.source]
+    summed = [one for one in backward if one.kind in ("reduce-scatter", "all-reduce")]
+    rings = [one for one in backward if one.kind == "collective-permute"]
+    found = {dtype for one in (*summed, *rings) for dtype, dims in arrays(one.shape) if dims in (parts | kernels)}
+    assert "f32" in found, found
+    assert all(dtype == "f32" for one in summed for dtype, _ in arrays(one.shape)), summed
 
 
 @needs_libtpu

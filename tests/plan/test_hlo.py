@@ -1,0 +1,104 @@
+"""Collectives of a compiled program: loops counted, one collective in several fusions counted once."""
+
+from __future__ import annotations
+
+import pytest
+
+from itune.plan.hlo import collectives, moved
+
+PROGRAM = """HloModule jit_step, is_scheduled=true
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%spread.1 (p: bf16[8,64]) -> bf16[64,64] {
+  %p = bf16[8,64]{1,0} parameter(0)
+  ROOT %ag.1 = bf16[64,64]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=7, replica_groups=mesh['x'=8] {'x'}
+}
+
+%spread.2 (p: bf16[8,64]) -> bf16[64,64] {
+  %p = bf16[8,64]{1,0} parameter(0)
+  ROOT %ag.2 = bf16[64,64]{1,0} all-gather(%p), channel_id=7, replica_groups=mesh['x'=8] {'x'}, dimensions={0}
+}
+
+%layers_body (t: (s32[], bf16[8,64], f32[32])) -> (s32[], bf16[8,64], f32[32]) {
+  %t = (s32[], bf16[8,64], f32[32]) parameter(0)
+  %i = s32[] get-tuple-element(%t), index=0
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  %x = bf16[8,64]{1,0} get-tuple-element(%t), index=1
+  %y = f32[32]{0} get-tuple-element(%t), index=2
+  %start = bf16[64,64]{1,0} fusion(%x), kind=kCustom, calls=%spread.1
+  %more = bf16[64,64]{1,0} fusion(%x), kind=kCustom, calls=%spread.2
+  %again = bf16[64,64]{1,0} fusion(%x), kind=kCustom, calls=%spread.2
+  %r = f32[4]{0} reduce-scatter(%y), channel_id=9, replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}, to_apply=%add
+  ROOT %out = (s32[], bf16[8,64], f32[32]) tuple(%next, %x, %y)
+}
+
+%layers_cond (t: (s32[], bf16[8,64], f32[32])) -> pred[] {
+  %t = (s32[], bf16[8,64], f32[32]) parameter(0)
+  %bound = s32[] constant(10)
+  %i = s32[] get-tuple-element(%t), index=0
+  ROOT %less = pred[] compare(%i, %bound), direction=LT
+}
+
+%ring_body (t: (bf16[8,64], u32[])) -> (bf16[8,64], u32[]) {
+  %t = (bf16[8,64], u32[]) parameter(0)
+  %x = bf16[8,64]{1,0} get-tuple-element(%t), index=0
+  %i = u32[] get-tuple-element(%t), index=1
+  %two = u32[] constant(2)
+  %next = u32[] add(%i, %two)
+  %s = (bf16[8,64]{1,0}, bf16[8,64]{1,0}, u32[], u32[]) collective-permute-start(%x), channel_id=3
+  %d = bf16[8,64]{1,0} collective-permute-done(%s)
+  ROOT %out = (bf16[8,64], u32[]) tuple(%d, %next)
+}
+
+%ring_cond (t: (bf16[8,64], u32[])) -> pred[] {
+  %t = (bf16[8,64], u32[]) parameter(0)
+  %bound = u32[] constant(8)
+  %i = u32[] get-tuple-element(%t), index=1
+  ROOT %less = pred[] compare(%i, %bound), direction=LT
+}
+
+%chunk_body (t: (s32[], s32[], f32[16])) -> (s32[], s32[], f32[16]) {
+  %t = (s32[], s32[], f32[16]) parameter(0)
+  %x = f32[16]{0} get-tuple-element(%t), index=2
+  %ar = f32[16]{0} all-reduce(%x), channel_id=5, replica_groups=[2,4]<=[8], to_apply=%add
+  ROOT %out = (s32[], s32[], f32[16]) tuple(%t)
+}
+
+%chunk_cond (t: (s32[], s32[], f32[16])) -> pred[] {
+  %t = (s32[], s32[], f32[16]) parameter(0)
+  %i = s32[] get-tuple-element(%t), index=0
+  %count = s32[] get-tuple-element(%t), index=1
+  ROOT %less = pred[] compare(%i, %count), direction=LT
+}
+
+ENTRY %main (x: bf16[8,64], y: f32[32]) -> bf16[8,64] {
+  %x = bf16[8,64]{1,0} parameter(0)
+  %layers = (s32[], bf16[8,64], f32[32]) while(%x), condition=%layers_cond, body=%layers_body
+  %ring = (bf16[8,64], u32[]) while(%x), condition=%ring_cond, body=%ring_body
+  %chunks = (s32[], s32[], f32[16]) while(%x), condition=%chunk_cond, body=%chunk_body
+  ROOT %a2a = bf16[8,64]{1,0} all-to-all(%x), channel_id=11, replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}
+}
+"""
+
+
+def test_bytes_by_operation_with_loops_counted():
+    assert moved(PROGRAM, unknown_trips=3) == {
+        "all-gather": pytest.approx(10 * 64 * 64 * 2 * 7 / 8),  # ten layers, one channel in three fusions
+        "reduce-scatter": pytest.approx(10 * 4 * 4 * 7),
+        "collective-permute": pytest.approx(4 * 8 * 64 * 2),  # counts to 8 by twos
+        "all-reduce": pytest.approx(3 * 16 * 4 * 2 * 3 / 4),  # groups of four, a loop without a constant bound
+        "all-to-all": pytest.approx(8 * 64 * 2 * 7 / 8),
+    }
+
+
+def test_a_loop_without_a_bound_counts_as_often_as_it_is_told():
+    def reduced(trips):
+        return next(c.times for c in collectives(PROGRAM, trips) if c.kind == "all-reduce")
+
+    assert (reduced(1), reduced(5)) == (1, 5)

@@ -1,0 +1,199 @@
+"""Plans by formula: slices, memory, time, cost, search, and the line that `itune train` says."""
+
+from __future__ import annotations
+
+import json
+import math
+import types
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from itune.cli import main
+from itune.config import load_config
+from itune.models import load_model
+from itune.optim import make_optimizer
+from itune.plan.check import one_line
+from itune.plan.chips import CHIPS, parse_topology
+from itune.plan.estimate import estimate, model_flops, prices
+from itune.plan.layout import lay_out
+from itune.plan.memory import formula_memory
+from itune.plan.search import candidates
+from itune.plan.traffic import across_slices, formula_traffic
+from itune.sharding import make_mesh
+from itune.step import abstract_state
+from itune.types import InputError
+
+LLAMA = Path(__file__).parents[1] / "goldens" / "configs" / "Llama-3.1-8B.json"
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A folder with the published config.json of Llama-3.1-8B: planning reads no weights."""
+    folder = tmp_path_factory.mktemp("plan") / "Llama-3.1-8B"
+    folder.mkdir()
+    (folder / "config.json").write_text(LLAMA.read_text())
+    return folder
+
+
+def config_8b(folder, **values):
+    base = {"model.path": str(folder), "model.compute_dtype": "bfloat16", "train.remat": "full", "evaluators": (),
+            "data.max_length": 4096, "train.batch_size": 16, "train.max_steps": 100}  # fmt: skip
+    return load_config("sft", {**base, **{key.replace("__", "."): value for key, value in values.items()}})
+
+
+@pytest.mark.parametrize("name, chips, chip", [
+    ("v5e:4x4", 16, "v5e"), ("v5p:2x2x1", 4, "v5p"), ("gpu:h200:8", 8, "h200"), ("2*v6e:2x4", 16, "v6e"),
+])  # fmt: skip
+def test_topologies(name, chips, chip):
+    where = parse_topology(name)
+    assert (where.chips, where.chip.name) == (chips, chip)
+    assert where.chip.peak > 1e14
+
+
+@pytest.mark.parametrize("name, message", [
+    ("v5e", "expected CHIP:SHAPE"), ("v5x:4x4", "unknown chip 'v5x'.*nearest: v5"), ("v5e:4", "takes 2 sizes"),
+    ("gpu:v5e:4x4", "unknown chip 'v5e'"), ("v5p:2x2", "takes 3 sizes"), ("h200:8", "unknown chip 'h200'"),
+])  # fmt: skip
+def test_bad_topologies_are_one_message(name, message):
+    with pytest.raises(InputError, match=message):
+        parse_topology(name)
+
+
+def test_the_state_is_exact_and_divides_over_fsdp(llama):
+    parameters = 8_030_261_248  # of Llama-3.1-8B
+    one, sixteen = (formula_memory(lay_out(config_8b(llama), n)) for n in (1, 16))
+    assert one.parameters == 4 * parameters
+    assert one.optimizer == pytest.approx(8 * parameters, abs=64)
+    assert sixteen.parameters == pytest.approx(4 * parameters / 16, rel=0.001)
+    assert sixteen.gradients == pytest.approx(4 * parameters / 16, rel=0.001)
+    assert sixteen.activations == 32 * 4096 * 4096 * 2, "the inputs of 32 layers in bfloat16"
+
+
+def test_what_costs_memory_costs_memory(llama):
+    base = formula_memory(lay_out(config_8b(llama), 16)).total
+    for change in ({"train__remat": "none"}, {"train__remat": "dots"}, {"train__batch_size": 32},
+                   {"model__compute_dtype": "float32"}, {"mesh__fsdp": 8, "mesh__data": 2}):
+        assert formula_memory(lay_out(config_8b(llama, **change), 16)).total > base, change
+    less = {"optimizer__moment_dtype": "bfloat16"}
+    assert formula_memory(lay_out(config_8b(llama, **less), 16)).total < base
+
+
+def test_traffic_of_fsdp_is_two_gathers_and_one_float32_sum(llama):
+    traffic = formula_traffic(lay_out(config_8b(llama), 16))
+    layers = 32 * (2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 14336 * 4096)
+    assert traffic["gather weights"] == pytest.approx(2 * 2 * layers * 15 / 16, rel=0.001)
+    assert traffic["sum gradients over fsdp"] == pytest.approx(4 * layers * 15 / 16, rel=0.001)
+    assert across_slices(lay_out(config_8b(llama), 16)) == 0
+    two = lay_out(config_8b(llama, mesh__dcn_data=2, train__batch_size=32), 32)
+    assert two.sizes["data"] == 2
+    assert two.sizes["fsdp"] == 16
+    assert across_slices(two) == pytest.approx(2 * 4 * two.trained / 2)
+
+
+def test_time_follows_the_limits(llama):
+    layout, where = lay_out(config_8b(llama), 16), parse_topology("v5e:4x4")
+    free = estimate(layout, where, traffic=0.0)
+    assert free.compute == pytest.approx(free.hardware_flops / 16 / (197e12 * where.chip.efficiency))
+    assert free.bound == "compute"
+    slow = estimate(layout, where, traffic=1e15)
+    assert slow.bound == "interconnect"
+    assert slow.step > free.step
+    # 6 N tokens and causal attention; the reference count for a 4,096-token row is 48.25 GFLOP a token
+    assert model_flops(layout) / (16 * 4096) == pytest.approx(48.25e9, rel=0.002)
+    assert 1.2 < free.hardware_flops / free.model_flops < 1.4
+
+
+def test_candidates_keep_the_global_batch(llama):
+    found = list(candidates(config_8b(llama), parse_topology("v5e:4x4")))
+    assert {c.train.batch_size for c in found} == {16}
+    assert {c.train.remat for c in found} == {"none", "dots", "full"}
+    shapes = {(c.mesh.data, c.mesh.fsdp, c.mesh.tensor) for c in found}
+    assert (1, 16, 1) in shapes
+    assert (2, 4, 2) in shapes
+    assert all(math.prod(shape) == 16 for shape in shapes)
+
+
+def test_search_by_formula_takes_the_fastest_that_fits(llama, tmp_path, capsys):
+    out = tmp_path / "plan.json"
+    arguments = ["plan", "--config", "sft", f"--config.model.path={llama}", "--config.model.compute_dtype=bfloat16",
+                 "--config.data.max_length=4096", "--config.train.batch_size=64", "--config.train.max_steps=100",
+                 "--topology", "v6e:2x4", "--search", "--formula", "--json", str(out)]  # fmt: skip
+    assert main(arguments) == 0
+    found = json.loads(out.read_text())
+    best, second = found["best"], found["runner_up"]
+    assert best["fits"]
+    assert best["memory"]["total"] <= 31.25 * 2**30
+    assert best["seconds"]["step"] <= second["seconds"]["step"]
+    said = capsys.readouterr().out
+    assert "runner-up: mesh " in said
+    assert f"--config.train.remat={best['settings']['remat']}" in said
+    # what it says to set gives the same plan
+    again = [a for a in arguments if a != "--search"] + found["overrides"]
+    assert main(again) == 0
+    assert json.loads(out.read_text())["memory"] == best["memory"]
+
+
+def test_what_does_not_fit_exits_1_and_says_by_how_much(llama, capsys):
+    code = main(["plan", "--config", "sft", f"--config.model.path={llama}", "--topology", "v5e:2x2", "--formula",
+                 "--config.train.max_steps=10"])  # fmt: skip
+    assert code == 1
+    assert "too large by" in capsys.readouterr().out
+
+
+def test_prices_are_the_users(llama, tmp_path, capsys):
+    table = tmp_path / "prices.toml"
+    table.write_text("[v5e]\non_demand = 10.0\n")
+    out = tmp_path / "plan.json"
+    arguments = ["plan", "--config", "sft", f"--config.model.path={llama}", "--config.model.compute_dtype=bfloat16",
+                 "--config.train.remat=full", "--topology", "v5e:4x4", "--formula", "--config.train.max_steps=360",
+                 "--json", str(out)]  # fmt: skip
+    assert main([*arguments, "--prices", str(table)]) == 0
+    result = json.loads(out.read_text())
+    assert result["dollars"] == pytest.approx(result["hours"] * 16 * 10)
+    assert result["hours"] == pytest.approx(360 * result["seconds"]["step"] / 3600)
+    table.write_text("[v5e]\nprice = 1\n")
+    assert main([*arguments, "--prices", str(table)]) == 2
+    assert "needs on_demand" in capsys.readouterr().err
+    assert set(prices()) == set(CHIPS), "every chip has a price row, and every row a chip"
+    assert all(row["noted"] for row in prices().values())
+
+
+def test_training_says_what_it_will_use(llama):
+    class Device:
+        platform, device_kind = "gpu", "NVIDIA H100"
+
+        def memory_stats(self):
+            return {"bytes_limit": 10**10}
+
+    mesh = make_mesh({"fsdp": 4}, jax.devices()[:4])
+    config = config_8b(llama)
+    model = load_model(llama, mesh, compute_dtype="bfloat16", remat="full")
+    state = abstract_state(model, make_optimizer(config.optimizer, 1), mesh)
+    assert one_line(config, model, mesh, state).startswith("plan: about 34.")
+    elsewhere = types.SimpleNamespace(shape=mesh.shape, size=4, devices=np.array([Device()] * 4))
+    line = one_line(config, model, elsewhere, state)
+    assert line.startswith("warning: plan: about 34.")
+    assert "on each of 4 NVIDIA H100 devices (parameters 8.03 GB, optimizer 16.1 GB, gradients 8.03 GB" in line
+    assert "it has 10.0 GB: the run will not fit" in line
+
+
+def test_devices_of_a_slice_stay_together():
+    class Device:
+        def __init__(self, number, slice_index):
+            self.id, self.slice_index = number, slice_index
+
+        def __repr__(self):
+            return f"{self.slice_index}.{self.id}"
+
+    devices = [Device(n, n % 2) for n in range(8)]  # given in the wrong order
+    mesh = make_mesh({"dcn_data": 2, "fsdp": 4}, devices)
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 4, "expert": 1, "context": 1, "tensor": 1}
+    grid = mesh.devices.reshape(2, 4)
+    assert [{d.slice_index for d in row} for row in grid] == [{0}, {1}]
+    spanning = make_mesh({"dcn_fsdp": 2, "data": 2, "fsdp": 2}, devices).devices.reshape(2, 4)
+    assert [[d.slice_index for d in row] for row in spanning] == [[0, 0, 1, 1]] * 2
+    with pytest.raises(InputError, match="the devices lie in 2 slices; make it 2"):
+        make_mesh({"dcn_data": 4, "fsdp": 2}, devices)
