@@ -86,8 +86,18 @@ def _product(x: jax.Array, kernel_OI: jax.Array, dtype: str, out_dtype: str) -> 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _rounded_product(names: tuple[str, str], x: jax.Array, kernel_OI: jax.Array) -> jax.Array:
-    # the barrier keeps XLA from rounding all layers' kernels before a scan over them: a second copy of the weights
-    return _product(x, jax.lax.optimization_barrier(kernel_OI), *names)
+    return _product(x, _rounded_here(kernel_OI, names[0]), *names)
+
+
+def _rounded_here(kernel_OI: jax.Array, dtype: str) -> jax.Array:
+    """The kernel rounded to bfloat16's precision, still float32; the cast that follows changes nothing.
+
+    Given a bare cast XLA rounds the kernels of all layers before a scan over them: on a TPU a second copy of the
+    weights that lives through the step. It does not move this operation. (A barrier does not hold it either.)
+    """
+    if kernel_OI.dtype != jnp.float32 or dtype != "bfloat16":
+        return kernel_OI
+    return jax.lax.reduce_precision(kernel_OI, exponent_bits=8, mantissa_bits=7)
 
 
 def _rounded_forward(names: tuple[str, str], x: jax.Array, kernel_OI: jax.Array) -> Any:
@@ -96,7 +106,7 @@ def _rounded_forward(names: tuple[str, str], x: jax.Array, kernel_OI: jax.Array)
 
 def _rounded_backward(names: tuple[str, str], operands: Any, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Both products take operands of the compute dtype: left to itself, a float32 cotangent would make them float32."""
-    x, kernel_OI = operands[0], jax.lax.optimization_barrier(operands[1])
+    x, kernel_OI = operands[0], _rounded_here(operands[1], names[0])
     cotangent = cotangent.astype(names[0])
     over = tuple(range(x.ndim - 1))
     dx = jax.lax.dot_general(

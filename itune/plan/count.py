@@ -35,7 +35,7 @@ def _count(jaxpr: Any, times: float, turns: int, visible: float, total: dict[str
         if name in ("dot_general", "ragged_dot_general", "ragged_dot"):
             flops = times * _product(equation)
             total["products"] += flops
-            if all(v.aval.dtype == np.float32 for v in equation.invars[:2]):
+            if all(v.aval.dtype == np.float32 for v in equation.invars[:2]) and _is_matrix(equation):
                 total["float32"] += flops
         elif name == "pallas_call":
             total["attention"] += times * _kernel(equation, visible)
@@ -67,6 +67,15 @@ def _repeats(equation: Any, turns: int) -> float:
     if name == "shard_map":
         return float(equation.params["mesh"].size)
     return 1.0
+
+
+def _is_matrix(equation: Any) -> bool:
+    """Whether both sides have rows of their own: sums of entrywise products are no work for a matrix unit."""
+    if equation.primitive.name != "dot_general":
+        return True
+    contracted, batch = equation.params["dimension_numbers"]
+    sides = zip(equation.invars[:2], contracted, batch)
+    return all(v.aval.ndim > len(summed) + len(shared) for v, summed, shared in sides)
 
 
 def _product(equation: Any) -> float:

@@ -172,10 +172,10 @@ def test_training_says_what_it_will_use(llama):
     config = config_8b(llama)
     model = load_model(llama, mesh, compute_dtype="bfloat16", remat="full")
     state = abstract_state(model, make_optimizer(config.optimizer, 1), mesh)
-    assert one_line(config, model, mesh, state).startswith("plan: about 34.")
+    assert one_line(config, model, mesh, state).startswith("plan: about 41.0 GB on each of 4 cpu devices")
     elsewhere = types.SimpleNamespace(shape=mesh.shape, size=4, devices=np.array([Device()] * 4))
     line = one_line(config, model, elsewhere, state)
-    assert line.startswith("warning: plan: about 34.")
+    assert line.startswith("warning: plan: about 41.")
     assert "on each of 4 NVIDIA H100 devices (parameters 8.03 GB, optimizer 16.1 GB, gradients 8.03 GB" in line
     assert "it has 10.0 GB: the run will not fit" in line
 
