@@ -19,8 +19,8 @@ from itune.models import load_model
 from itune.models.lora import Lora
 from itune.objectives.sft import make_sft
 from itune.optim import make_optimizer, make_schedule
-from itune.runtime.secrets import redact_tree
 from itune.plan.check import one_line
+from itune.runtime.secrets import redact_tree
 from itune.sharding import batch_sharding, make_mesh
 from itune.spikes import with_window
 from itune.step import TrainStep, abstract_state, check_batch, make_train_step

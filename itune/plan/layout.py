@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType
 
 from itune.config import Config
-from itune.models import load_model
+from itune.models import Model, load_model
 from itune.optim import make_optimizer
-from itune.sharding import MESH_AXES, axis_sizes, check_divisible, mesh_sizes, tree_shardings
+from itune.sharding import MESH_AXES, axis_sizes, mesh_sizes
 from itune.step import abstract_state, check_batch
 from itune.types import Batch, InputError
 
@@ -47,6 +46,8 @@ class Layout:
 
 def lay_out(config: Config, devices: int, vocab_size: int | None = None) -> Layout:
     """The run that `config` describes on so many devices. Raises InputError where it cannot be cut that way."""
+    from itune.setup_run import make_tuning  # which imports this floor's check
+
     sizes = axis_sizes(mesh_sizes(dataclasses.asdict(config.mesh), devices))
     mesh: Any = AbstractMesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
     rows, length = config.train.batch_size, config.data.max_length
@@ -56,17 +57,20 @@ def lay_out(config: Config, devices: int, vocab_size: int | None = None) -> Layo
         section.path, None, section.param_dtype, revision=section.revision or None, vocab_size=vocab_size,
         compute_dtype=section.compute_dtype, attention=section.attention, remat=config.train.remat,
     )
-    abstract, logical = model.abstract_params(), model.logical_axes()
-    check_divisible(mesh, abstract, logical)
+    model = OnPaper(**{field.name: getattr(model, field.name) for field in dataclasses.fields(model)} | {"mesh": mesh})
     if model.config.num_heads % sizes["tensor"]:
         raise InputError(f"mesh.tensor={sizes['tensor']} does not divide the model's {model.config.num_heads} heads")
-    placed = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        abstract, tree_shardings(mesh, logical),
-    )
-    trainable, frozen = (adapters(config, placed), placed) if config.lora.rank else (placed, None)
+    trainable, frozen = make_tuning(config, model).abstract()
     optimizer = make_optimizer(config.optimizer, 1)
     return layout_of(config, model, sizes, abstract_state(model, optimizer, mesh, trainable=trainable, frozen=frozen))
+
+
+class OnPaper(Model):
+    """A model on a mesh without devices. Its shapes are those without a mesh: nothing may look for a device."""
+
+    def abstract_params(self) -> Any:
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return Model(**fields | {"mesh": None}).abstract_params()
 
 
 def layout_of(config: Config, model: Any, sizes: Mapping[str, int], state: Any) -> Layout:
@@ -79,23 +83,6 @@ def layout_of(config: Config, model: Any, sizes: Mapping[str, int], state: Any) 
         trained=sum(_elements(leaf) for leaf in jax.tree.leaves(state.trainable)),
         tokens=config.train.batch_size * config.data.max_length // groups,
     )
-
-
-def adapters(config: Config, placed: Any) -> Any:
-    """float32 low-rank adapters of the kernels that `lora.targets` names, cut as the kernels' own two sides are."""
-    found = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(placed):
-        names = [entry.key for entry in path]
-        if names[-1] != "kernel" or not re.fullmatch(config.lora.targets, names[-2]):
-            continue
-        sharding, (*stack, out, into) = leaf.sharding, leaf.shape
-        spec = (*sharding.spec, *[None] * (leaf.ndim - len(sharding.spec)))
-        for side, shape, parts in (("a", (config.lora.rank, into), (None, spec[-1])),
-                                   ("b", (out, config.lora.rank), (spec[-2], None))):
-            place = NamedSharding(sharding.mesh, PartitionSpec(*spec[:-2], *parts))
-            name = "/".join((*names, side))
-            found[name] = jax.ShapeDtypeStruct((*stack, *shape), "float32", sharding=place)
-    return found
 
 
 def device_bytes(tree: Any) -> int:

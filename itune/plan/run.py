@@ -90,7 +90,8 @@ def compiled_report(config: Config, where: Slice, facts: Known, table: dict[str,
             program = compile_lowered(traced.lower(), "the train step")
         except DoesNotFit as error:
             needed = error.needed
-        evaluation = _evaluation(config, made) if config.evaluators else 0
+        # adapters are evaluated beside their base: no larger a program than the step
+        evaluation = _evaluation(config, made) if config.evaluators and not config.lora.rank else 0
     by_formula = formula_memory(layout)
     traffic, across = formula_traffic(layout), across_slices(layout)
     if program is not None:
@@ -119,7 +120,8 @@ def _evaluation(config: Config, made: Any) -> int:
     sharding = batch_sharding(made.mesh)
     batch = Batch(*(jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding) for leaf in made.batch))
     try:
-        lowered = token_step(made.model, config.loss.chunk).lower(made.state.trainable, made.state.frozen, batch)
+        params = made.tuning.parameters(made.state.trainable, made.state.frozen)
+        lowered = token_step(made.model, config.loss.chunk).lower(params, {}, batch)
         return compile_lowered(lowered, "the evaluation step").memory.peak
     except DoesNotFit as error:
         return error.needed
