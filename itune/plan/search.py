@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 from itune.config import Config
 from itune.plan.chips import Slice
@@ -19,7 +19,7 @@ from itune.types import InputError
 
 COMPILED = 5
 SECONDS = 500.0  # no compilation begins after this
-REMATS = ("none", "dots", "full")
+REMATS: tuple[Literal["none", "dots", "full"], ...] = ("none", "dots", "full")
 
 
 def search(
