@@ -255,6 +255,7 @@ class Run:
             mark("logged", step)
 
     def _kept(self) -> str:
+        self.store.close()  # a save that is under way counts once it has ended
         latest = self.store.latest()
         return "there is no checkpoint" if latest is None else f"the checkpoint of step {latest} is kept"
 
