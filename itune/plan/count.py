@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 # flash attention: products of queries, keys and head width that a kernel does, over those of the forward pass
@@ -96,7 +97,8 @@ def _kernel(equation: Any, visible: float) -> float:
     """An attention kernel by formula: 4 rows x heads x queries x keys x width, of which a share is visible."""
     name = str(equation.params.get("name_and_src_info", equation.params.get("name", "")))
     factor = next((factor for part, factor in KERNELS.items() if part in name), 1.0)
-    shapes = [v.aval.shape for v in equation.invars if len(v.aval.shape) >= 3 and v.aval.dtype != np.int32]
+    floats = [v.aval for v in equation.invars if jnp.issubdtype(v.aval.dtype, jnp.floating)]  # masks come first
+    shapes = [aval.shape for aval in floats if aval.ndim >= 3]
     if not shapes:
         return 0.0
     query = shapes[0]  # (..., N, L, H); keys may have fewer heads and are as long

@@ -131,7 +131,11 @@ def test_devices_exchange_no_activation_of_a_whole_sequence_and_no_logits(compil
 @needs_libtpu
 def test_every_product_of_the_step_takes_bfloat16(compiled):
     plan, program = compiled
-    assert count_flops(plan.step.trace(plan.state, plan.batch).jaxpr)["float32"] == 0
+    counted = count_flops(plan.step.trace(plan.state, plan.batch).jaxpr)
+    assert counted["float32"] == 0
+    config = plan.model.config
+    forward = config.num_layers * 4 * config.num_heads * config.head_dim * ROWS * LENGTH**2 / 2
+    assert counted["attention"] == 4.5 * forward, "forward, again for the backward pass, and 2.5 for that itself"
     wide = [line for line in program.text.splitlines() if re.search(r" (dot|convolution)\(", line)]
     assert wide, "no product was found in the text"
     operands = re.compile(r"(?:dot|convolution)\((?:f32\[|%)")
