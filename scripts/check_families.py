@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import datetime
+import importlib.metadata
 import json
 import sys
 import tempfile
+import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -48,6 +51,7 @@ CLASSES = {
     "olmo3": "Olmo3",
     "smollm3": "SmolLM3",
     "granite": "Granite",
+    "gpt_oss": "GptOss",
 }
 
 
@@ -77,22 +81,20 @@ def draw(family: str, seed: int) -> tuple[dict[str, Any], bool]:
 
     used: list[Any] = []
     heads, group, head_dim = pick(4, 2, 6), pick(2, 1), pick(8, 16)
-    own_width = family not in ("qwen2", "phi3", "olmo2", "olmo3", "smollm3", "granite")
     fields: dict[str, Any] = {
         "vocab_size": int(rng.choice([53, 61, 67])),
-        "hidden_size": heads * pick(8, 4) if own_width else heads * head_dim,
+        "hidden_size": heads * (head_dim if family == "phi3" else pick(8, 12, 4)),  # phi3 has no head_dim of its own
         "intermediate_size": int(rng.choice([20, 28])),
         "num_hidden_layers": pick(3, 1, 5),
         "num_attention_heads": heads,
         "num_key_value_heads": heads // group,
+        "head_dim": head_dim,
         "max_position_embeddings": 128,
         "tie_word_embeddings": pick(True, False),
         "rms_norm_eps": pick(1e-6, 1e-3),
         "pad_token_id": None,
     }
     layers = fields["num_hidden_layers"]
-    if own_width:
-        fields["head_dim"] = head_dim
     default = {"rope_type": "default", "rope_theta": 500.0}
     linear = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
     llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -143,6 +145,11 @@ def draw(family: str, seed: int) -> tuple[dict[str, Any], bool]:
     if family == "smollm3":
         fields |= {"no_rope_layer_interval": pick(2, 3), "use_sliding_window": pick(True, False)}
         fields["sliding_window"] = window
+    if family == "gpt_oss":
+        fields |= {"attention_bias": bias, "sliding_window": window, "layer_types": pick(types, None)}
+        fields |= {"num_local_experts": pick(4, 5), "num_experts_per_tok": pick(2, 3, 1)}
+        fields |= {"swiglu_limit": pick(0.7, 7.0), "swiglu_alpha": pick(1.702, 1.2)}
+        fields["rope_parameters"] = pick(yarn | {"truncate": False}, None, default, llama3)  # None is a yarn too
     if family == "granite":
         fields |= {"embedding_multiplier": pick(3.0, 1.0), "attention_multiplier": pick(0.2, 0.05)}
         fields |= {"residual_multiplier": pick(0.7, 1.0), "logits_scaling": pick(4.0, 1.5)}
@@ -170,11 +177,12 @@ def switches(config: Any) -> set[str]:
 def older_spelling(folder: Path) -> None:
     """rope_theta, rope_scaling and torch_dtype at the top of config.json, as older folders have them."""
     config = json.loads((folder / "config.json").read_text())
+    default = {"rope_type": "default"} if config["model_type"] == "gpt_oss" else None  # there null means yarn
     rope = config.pop("rope_parameters")
     config["rope_theta"] = rope.pop("rope_theta")
     if "partial_rotary_factor" in rope:
         config["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
-    config["rope_scaling"] = None if rope["rope_type"] == "default" else {"type": rope.pop("rope_type"), **rope}
+    config["rope_scaling"] = default if rope["rope_type"] == "default" else {"type": rope.pop("rope_type"), **rope}
     config["torch_dtype"] = config.pop("dtype")
     (folder / "config.json").write_text(json.dumps(config))
 
@@ -193,6 +201,15 @@ def judge(family: str, fields: dict[str, Any], seed: int) -> Any:
         for name, parameter in model.named_parameters():
             parameter.normal_(middle if "norm" in name else 0.0, 0.3 if "norm" in name else 0.2)
     return model.eval()
+
+
+def reload(folder: Path) -> Any:
+    """The judge again, as transformers reads the rewritten config.json."""
+    import torch
+    import transformers
+
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    return load(folder, attn_implementation="eager", dtype=torch.float32).eval()
 
 
 def batch(vocab: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -257,6 +274,7 @@ def check(family: str, seed: int, folder: Path) -> Row:
     theirs.save_pretrained(folder / "model")
     if older:
         older_spelling(folder / "model")
+        theirs = reload(folder / "model")
     model, params = load_pretrained(folder / "model")
     config = json.loads((folder / "model" / "config.json").read_text())
     save_pretrained(folder / "export", model, params, source=folder / "model")
@@ -318,17 +336,26 @@ def main() -> int:
     parser.add_argument("--family", nargs="*", default=list(FAMILIES), choices=list(FAMILIES))
     parser.add_argument("--out", type=Path, help=f"a page whose text between two lines {MARK} becomes the table")
     args = parser.parse_args()
-    rows = []
+    rows, begun = [], time.monotonic()
     for family in args.family:
         for seed in range(args.cases):
             with tempfile.TemporaryDirectory() as folder:
                 rows.append(check(family, seed, Path(folder)))
             print(rows[-1], flush=True)
-    print(table(rows))
+    text = f"{table(rows)}\n\n{origin(args, time.monotonic() - begun)}"
+    print(text)
     if args.out:
         before, _, after = args.out.read_text().split(MARK)
-        args.out.write_text(f"{before}{MARK}\n{table(rows)}\n{MARK}{after}")
+        args.out.write_text(f"{before}{MARK}\n{text}\n{MARK}{after}")
     return int(any(row.logit > 1e-4 or row.grad > 1e-4 or row.round_trip for row in rows))
+
+
+def origin(args: argparse.Namespace, seconds: float) -> str:
+    """The line under the table: when, with what, by which command."""
+    names = ("transformers", "torch", "jax")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+    command = f"python scripts/check_families.py --cases {args.cases}"
+    return f"One run: {datetime.date.today()}, {versions}, {seconds / 60:.0f} min, `{command}`."
 
 
 if __name__ == "__main__":

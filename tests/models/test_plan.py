@@ -54,7 +54,7 @@ def test_everything_that_is_wrong_is_listed_before_anything_is_read(folder, monk
         tensors[HEAD] = np.zeros((48, 16), np.int8)
 
     edit(folder, change)
-    monkeypatch.setattr(read, "read_slice", lambda *_: pytest.fail("read before the plan was checked"))
+    monkeypatch.setattr(read, "Reader", lambda *_: pytest.fail("read before the plan was checked"))
     message = refusal(folder)
     assert "4 problems" in message
     assert f"missing: {NORM} [16]" in message

@@ -13,7 +13,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import itune.models
+from itune.models.families.stored import Part
 from itune.models.hf import files, read
+from itune.models.hf.convert import convert, is_finite
 from itune.models.hf.plan import leaf_paths, make_plan
 from itune.sharding import make_mesh
 from itune.types import InputError
@@ -58,16 +60,58 @@ def test_every_device_reads_its_own_share(wide, shape):
     assert kernel.addressable_shards[0].data.nbytes * (8 if shape != {"data": 8} else 1) == kernel.nbytes
 
 
-def test_a_slice_is_read_in_chunks_without_the_rest(tmp_path, monkeypatch):
-    values = np.random.default_rng(0).normal(size=(5000, 33)).astype(np.float32)
+def fill(tensor, part, cuts, dtype=np.float32):
+    """What a Reader makes of these pieces (of the parameter's axes), and the bytes it read."""
+    counter = Counter()
+    targets = [read.Target(cut, np.empty([s.stop - s.start for s in cut], dtype)) for cut in cuts]
+    with read.Reader(counter) as reader:
+        for matrix in read.matrices(tensor, part, targets):
+            reader.run(list(reader.jobs(matrix)))
+    assert not reader.broken
+    return [target.out for target in targets], counter.total
+
+
+@pytest.mark.parametrize("chunk", [1, 10_000, 1 << 20])
+def test_pieces_are_read_in_chunks_without_the_rest(tmp_path, monkeypatch, chunk):
+    values = np.random.default_rng(0).normal(size=(500, 33)).astype(np.float32)
     save_file({"x": values[:1], "y": values}, tmp_path / "f.safetensors")
     tensor = files.read_header(tmp_path / "f.safetensors")["y"]
-    monkeypatch.setattr(read, "CHUNK", 10_000)
-    out, counter = np.empty((4000, 11), np.float32), Counter()
-    read.read_slice(tensor, [slice(7, 4007), slice(11, 22)], out, counter)
-    np.testing.assert_array_equal(out, values[7:4007, 11:22])
-    assert counter.total == out.nbytes
+    monkeypatch.setattr(read, "CHUNK", chunk)
+    cuts = [(slice(7, 407), slice(11, 22)), (slice(7, 407), slice(28, 33)), (slice(390, 420), slice(0, 5))]
+    found, size = fill(tensor, Part("y"), cuts)
+    for cut, out in zip(cuts, found, strict=True):
+        np.testing.assert_array_equal(out, values[cut])
+    # rows that two pieces share are read once for the columns that either wants
+    assert size <= 4 * (400 * 16 + 30 * 5) + 4 * 30 * 6 + (0 if chunk < 10_000 else 4 * 500 * 5)
+    (whole,), size = fill(tensor, Part("y"), [(slice(0, 500), slice(0, 33))])
+    np.testing.assert_array_equal(whole, values)
+    assert size == values.nbytes
     np.testing.assert_allclose(read.mean_row(tensor), values.mean(axis=0, dtype=np.float64), atol=1e-7)
+
+
+@pytest.mark.parametrize("chunk", [100, 1 << 20])
+@pytest.mark.parametrize("part", [Part("x", 1, 2, True), Part("x", 0, 2), Part("x", transposed=True)], ids=str)
+def test_parts_of_a_tensor(tmp_path, monkeypatch, chunk, part):
+    values = np.random.default_rng(0).normal(size=(3, 10, 12)).astype(np.float32)
+    save_file({"x": values}, tmp_path / "f.safetensors")
+    monkeypatch.setattr(read, "CHUNK", chunk)
+    wanted = values[..., part.first :: part.step]
+    wanted = wanted.swapaxes(1, 2) if part.transposed else wanted
+    assert part.shape(wanted.shape) == values.shape
+    cuts = [(slice(0, 3), slice(1, 4), slice(2, 5)), (slice(1, 2), slice(0, wanted.shape[1]), slice(0, 3))]
+    found, _ = fill(files.read_header(tmp_path / "f.safetensors")["x"], part, cuts)
+    for cut, out in zip(cuts, found, strict=True):
+        np.testing.assert_array_equal(out, wanted[cut])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf])
+def test_a_number_that_is_none_is_found(dtype, value):
+    dtype = np.dtype(getattr(ml_dtypes, dtype, dtype))
+    values = np.concatenate([np.linspace(-3, 3, 99), [-0.0, float(ml_dtypes.finfo(dtype).max)]]).astype(dtype)
+    assert is_finite(values) and is_finite(-values) and is_finite(values[:0])
+    values[50] = value
+    assert not is_finite(values) and not is_finite(values.reshape(101, 1)[50:51])
 
 
 @pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
@@ -78,8 +122,15 @@ def test_conversion(stored, wanted):
         getattr(ml_dtypes, stored, stored)
     )
     out = np.empty(source.shape, getattr(ml_dtypes, wanted, wanted))
-    read.convert(source, out)
+    convert(source, out)
     np.testing.assert_array_equal(out, source.astype(out.dtype))
+    halves = np.arange(2**16, dtype=np.uint32) << 16  # every bfloat16, and what lies halfway to the next or beside it
+    source = np.concatenate([halves + low for low in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF)]).view(np.float32)
+    source = source[np.isfinite(source)].astype(getattr(ml_dtypes, stored, stored))
+    source = source[np.isfinite(source.astype(np.float32))]
+    out = np.empty(source.shape, getattr(ml_dtypes, wanted, wanted))
+    convert(source, out, finite=True)
+    assert out.tobytes() == source.astype(out.dtype).tobytes()
 
 
 def test_parameters_take_the_dtype_asked_for(wide):

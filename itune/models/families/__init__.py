@@ -3,7 +3,8 @@
 A family is a module with
     config_from_hf(hf: Fields) -> ModelConfig      config.json of either spelling
     config_to_hf(config: ModelConfig) -> dict      config.json in the newer spelling
-    WEIGHTS: {our parameter: tensor name}          of a layer: with `{layer}`; of an expert in it: and `{expert}`
+    WEIGHTS: {our parameter: tensor name}          of a layer: with `{layer}`; of an expert in it: and `{expert}`;
+                                                   a Part (stored.py) where the tensor has another shape
     IGNORED: regular expressions of tensors that a checkpoint may hold and the model does not use
 """
 
@@ -18,6 +19,7 @@ from itune.models.families import (
     gemma,
     gemma2,
     gemma3,
+    gpt_oss,
     granite,
     llama,
     mistral,
@@ -30,6 +32,7 @@ from itune.models.families import (
     qwen3_moe,
     smollm3,
 )
+from itune.models.families.stored import as_part
 from itune.types import InputError
 
 # model_type of config.json -> module
@@ -48,6 +51,7 @@ FAMILIES: dict[str, ModuleType] = {
     "olmo3": olmo3,
     "smollm3": smollm3,
     "granite": granite,
+    "gpt_oss": gpt_oss,
 }
 
 
@@ -69,4 +73,6 @@ def families_of(tensors: Iterable[str]) -> list[str]:
     """The families whose weight map has all of these tensors, none for no tensors."""
     numbered = (re.sub(r"\bexperts\.\d+", "experts.{expert}", name) for name in tensors)
     names = {re.sub(r"\blayers\.\d+", "layers.{layer}", name) for name in numbered}
-    return [name for name, family in FAMILIES.items() if names and names <= set(family.WEIGHTS.values())]
+    names = {re.sub(r"_(blocks|scales)$", "", name) for name in names}  # of mxfp4
+    known = {family: {as_part(entry).name for entry in FAMILIES[family].WEIGHTS.values()} for family in FAMILIES}
+    return [family for family in FAMILIES if names and names <= known[family]]

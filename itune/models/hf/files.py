@@ -28,7 +28,10 @@ MAX_HEADER = 100 << 20  # bytes, the limit of the safetensors library
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor in a file: its dtype as safetensors names it, and the bytes it takes, counted from the file's start."""
+    """A tensor in a file: its dtype as safetensors names it, and the bytes it takes, counted from the file's start.
+
+    scales: of an MXFP4 tensor, whose shape is that of the unpacked one; see mxfp4.py.
+    """
 
     name: str
     file: Path
@@ -36,6 +39,7 @@ class Tensor:
     shape: tuple[int, ...]
     start: int
     stop: int
+    scales: Tensor | None = None
 
 
 def find_folder(path_or_repo: str | os.PathLike, revision: str | None = None) -> Path:
@@ -103,8 +107,12 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder}: no config.json; expected a Hugging Face model folder, found {found}")
     hf = read_json(_inside(folder, file.name, folder))
     if hf.get("quantization_config"):
-        method = hf["quantization_config"].get("quant_method", "unknown method")
-        raise InputError(f"{file}: the weights are quantized ({method}); expected float32, bfloat16 or float16 weights")
+        packed = hf["quantization_config"]
+        method = packed.get("quant_method", "unknown method") if isinstance(packed, dict) else packed
+        if method != "mxfp4":
+            raise InputError(
+                f"{file}: the weights are quantized ({method}); expected float32, bfloat16, float16 or mxfp4 weights"
+            )
     return hf
 
 

@@ -12,6 +12,8 @@ import numpy as np
 
 from itune.models.architecture import layer_plan
 from itune.models.families import FAMILIES
+from itune.models.families.stored import Part, as_part
+from itune.models.hf import mxfp4
 from itune.models.hf.files import DTYPES, Tensor, read_header, weight_files
 from itune.models.model import Model
 from itune.types import InputError
@@ -21,13 +23,15 @@ HEAD, EMBEDDING = "lm_head/kernel", "embed/embedding"
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """leaves: parameter path -> its tensors, one a stacked layer, or one an expert of each layer.
+    """leaves: parameter path -> its tensors, one a stacked layer, or one an expert of each layer, and parts: which part
+    of them it is.
 
     tied_head: a copy of the tied embedding that the file holds too. ignored: tensors that the family leaves out; they
     stay in the checkpoint when it is exported.
     """
 
     leaves: dict[str, tuple[Tensor, ...]]
+    parts: dict[str, Part]
     tied_head: Tensor | None
     ignored: tuple[Tensor, ...]
 
@@ -39,7 +43,7 @@ def leaf_paths(tree: Any) -> dict[str, Any]:
 
 def tensor_names(model: Model) -> dict[str, list[str]]:
     """Parameter path -> names of its tensors in a checkpoint: of each stacked layer in order, of each expert in it."""
-    weights = FAMILIES[model.family].WEIGHTS
+    weights = {path: as_part(entry).name for path, entry in FAMILIES[model.family].WEIGHTS.items()}
     period, repeats = layer_plan(model.config.kinds)
     names = {}
     for path, leaf in leaf_paths(model.abstract_params()).items():
@@ -60,8 +64,14 @@ def tensor_names(model: Model) -> dict[str, list[str]]:
 def stack_shape(model: Model, path: str, leaf: Any) -> tuple[int, ...]:
     """The leading dimensions of a parameter over which its tensors are stacked: layers, experts, both or neither."""
     stacked = path.startswith("blocks/")
-    name = path.split("/", 2)[-1] if stacked else path.partition("/")[2] if path.startswith("rest_") else path
-    return tuple(leaf.shape[: stacked + ("{expert}" in FAMILIES[model.family].WEIGHTS[name])])
+    return tuple(leaf.shape[: stacked + ("{expert}" in part_of(model, path).name)])
+
+
+def part_of(model: Model, path: str) -> Part:
+    """Which part of its tensors a parameter is."""
+    name = path.split("/", 2)[-1] if path.startswith("blocks/") else path
+    name = path.partition("/")[2] if path.startswith("rest_") else name
+    return as_part(FAMILIES[model.family].WEIGHTS[name])
 
 
 def make_plan(folder: Path, model: Model, file_vocab: int) -> Plan:
@@ -80,12 +90,16 @@ def make_plan(folder: Path, model: Model, file_vocab: int) -> Plan:
             found[name] = tensor
     if index is not None:
         problems += _index_problems(index, found)
+    found, wrong = mxfp4.join(found)
+    problems += wrong
     expected = _expected(model, file_vocab)
     tied_name = FAMILIES[model.family].WEIGHTS[HEAD] if model.config.tie_embeddings else None
     ignored = [
         t for name, t in found.items() if name not in expected and name != tied_name and _is_ignored(name, model.family)
     ]
-    problems += _tensor_problems(expected, found, {t.name for t in ignored} | {tied_name})
+    all_names = tensor_names(model)
+    packable = {name for path, names in all_names.items() if part_of(model, path).transposed for name in names}
+    problems += _tensor_problems(expected, found, {t.name for t in ignored} | {tied_name}, packable)
     tied_head = found.get(tied_name) if tied_name else None
     if tied_head and not problems:
         problems += _tied_problems(found[FAMILIES[model.family].WEIGHTS[EMBEDDING]], tied_head)
@@ -94,8 +108,8 @@ def make_plan(folder: Path, model: Model, file_vocab: int) -> Plan:
         raise InputError(
             f"{folder}: the weights do not fit its config.json ({model.family}), {len(problems)} problems:\n  {lines}"
         )
-    leaves = {path: tuple(found[name] for name in names) for path, names in tensor_names(model).items()}
-    return Plan(leaves, tied_head, tuple(ignored))
+    leaves = {path: tuple(found[name] for name in names) for path, names in all_names.items()}
+    return Plan(leaves, {path: part_of(model, path) for path in leaves}, tied_head, tuple(ignored))
 
 
 def _expected(model: Model, file_vocab: int) -> dict[str, tuple[int, ...]]:
@@ -106,7 +120,7 @@ def _expected(model: Model, file_vocab: int) -> dict[str, tuple[int, ...]]:
         shape = leaves[path].shape[len(stack_shape(model, path, leaves[path])) :]
         if path in (HEAD, EMBEDDING):
             shape = (file_vocab, *shape[1:])
-        expected |= dict.fromkeys(names, shape)
+        expected |= dict.fromkeys(names, part_of(model, path).shape(shape))
     return expected
 
 
@@ -125,7 +139,7 @@ def _index_problems(index: dict[str, str], found: dict[str, Tensor]) -> list[str
 
 
 def _tensor_problems(
-    expected: dict[str, tuple[int, ...]], found: dict[str, Tensor], spared: set[str | None]
+    expected: dict[str, tuple[int, ...]], found: dict[str, Tensor], spared: set[str | None], packable: set[str]
 ) -> list[str]:
     problems = [f"missing: {name} {list(shape)}" for name, shape in expected.items() if name not in found]
     for name, tensor in found.items():
@@ -136,7 +150,7 @@ def _tensor_problems(
             continue
         if tensor.shape != expected[name]:
             problems.append(f"shape: {name} is {list(tensor.shape)}, expected {list(expected[name])}")
-        if tensor.dtype not in DTYPES:
+        if tensor.dtype not in DTYPES and not (tensor.dtype == mxfp4.MXFP4 and name in packable):
             problems.append(f"dtype: {name} is {tensor.dtype}, expected one of {', '.join(DTYPES)}")
     return problems
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import hashlib
 import json
 import os
 import shutil
@@ -20,8 +21,10 @@ from jax.experimental import multihost_utils
 
 from itune.models.families import FAMILIES
 from itune.models.families.common import Fields
+from itune.models.families.stored import Part
 from itune.models.hf.files import DTYPES, INDEX, SINGLE, Tensor, find_folder, read_config
-from itune.models.hf.plan import EMBEDDING, Plan, leaf_paths, make_plan, stack_shape, tensor_names
+from itune.models.hf.mxfp4 import MXFP4
+from itune.models.hf.plan import EMBEDDING, Plan, leaf_paths, make_plan, part_of, stack_shape, tensor_names
 from itune.models.model import Model
 from itune.types import InputError, RunError
 
@@ -37,13 +40,14 @@ def save_pretrained(
     revision: str | None = None,
     dtype: str | None = None,
     max_shard_bytes: float = 5e9,
-) -> None:
+) -> dict[str, str]:
     """Write weights, index and config.json of a trained model to a new folder.
 
     `source` is the checkpoint that the model was loaded from: its config.json is passed through in its own spelling
-    with only what changed, each tensor keeps its dtype there unless `dtype` is given, and tensors that the model does
-    not use are copied. Without a source the config is written in the newer spelling, and tensors in `dtype` or the
-    parameters' own. One tensor at a time is in host memory. On several hosts all must call this; the first one writes.
+    with only what changed, each tensor keeps its dtype there (bfloat16 for MXFP4) unless `dtype` is given, and tensors
+    that the model does not use are copied. Without a source the config is written in the newer spelling, and tensors in
+    `dtype` or the parameters' own. One tensor at a time is in host memory. On several hosts all must call this; the
+    first one writes. Returns the SHA-256 of each tensor's bytes (on the first host).
     Raises InputError when the folder exists and is not empty, RunError when the disk fails; then nothing is left.
     """
     folder = Path(folder)
@@ -55,8 +59,9 @@ def save_pretrained(
     outputs = _outputs(model, params, plan, dtype)
     shards = _shards(outputs, max_shard_bytes)
     with _whole(folder) as staging:
+        hashes: dict[str, str] = {}
         for name, tensors in shards.items():
-            _write_shard(staging and staging / name, tensors)
+            hashes |= _write_shard(staging and staging / name, tensors)
         if staging:
             if len(shards) > 1:
                 _write_file(staging / INDEX, _index(shards))
@@ -66,6 +71,7 @@ def save_pretrained(
             _write_file(staging / "config.json", text)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"saved {folder}")  # no host goes on before the folder is there
+    return hashes
 
 
 def _vocab(origin: Path, hf: dict[str, Any]) -> int:
@@ -73,18 +79,12 @@ def _vocab(origin: Path, hf: dict[str, Any]) -> int:
 
 
 class Output:
-    """A tensor to write: its name, shape and dtype, and where its values come from."""
+    """A tensor to write: its name, shape and dtype, and where its values come from: a tensor of the source, or for
+    each part of it a parameter and a place in its stack."""
 
-    def __init__(
-        self,
-        name: str,
-        shape: tuple[int, ...],
-        dtype: str,
-        leaf: jax.Array | None,
-        place: tuple[int, ...],
-        copy: Tensor | None,
-    ):
-        self.name, self.shape, self.dtype, self.leaf, self.place, self.copy = name, shape, dtype, leaf, place, copy
+    def __init__(self, name: str, shape: tuple[int, ...], dtype: str, copy: Tensor | None = None):
+        self.name, self.shape, self.dtype, self.copy = name, shape, dtype, copy
+        self.parts: list[tuple[Part, jax.Array, tuple[int, ...]]] = []
         if copy is not None:
             self.bytes = copy.stop - copy.start
         else:
@@ -94,11 +94,19 @@ class Output:
         """The values as flat bytes, on the host."""
         if self.copy is not None:
             return np.fromfile(self.copy.file, np.uint8, self.bytes, offset=self.copy.start)
-        assert self.leaf is not None
-        values = _take(self.leaf, self.place, DTYPES[self.dtype].name)
-        if not values.is_fully_addressable:
-            values = multihost_utils.process_allgather(values, tiled=True)
-        return np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+        values = [_whole_on_host(_take(leaf, place, DTYPES[self.dtype].name)) for _, leaf, place in self.parts]
+        if len(values) == 1 and not self.parts[0][0].transposed:
+            return np.ascontiguousarray(values[0]).reshape(-1).view(np.uint8)
+        stored = np.empty(self.shape, DTYPES[self.dtype])
+        for (part, *_), value in zip(self.parts, values, strict=True):
+            stored[..., part.first :: part.step] = value.swapaxes(-1, -2) if part.transposed else value
+        return stored.reshape(-1).view(np.uint8)
+
+
+def _whole_on_host(values: jax.Array) -> np.ndarray:
+    if not values.is_fully_addressable:
+        values = multihost_utils.process_allgather(values, tiled=True)
+    return np.asarray(values)
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -113,19 +121,24 @@ def _outputs(model: Model, params: Any, plan: Plan | None, dtype: str | None) ->
     """Every tensor of the folder, in the order of the names."""
     leaves = leaf_paths(params)
     wanted = NAMES[np.dtype(getattr(ml_dtypes, dtype, dtype))] if dtype else None
-    outputs = []
+    outputs: dict[str, Output] = {}
+
+    def add(name: str, dtype: str, part: Part, leaf: jax.Array, place: tuple[int, ...]) -> None:
+        dtype = wanted or ("BF16" if dtype == MXFP4 else dtype)
+        output = outputs.setdefault(name, Output(name, part.shape(leaf.shape[len(place) :]), dtype))
+        output.parts.append((part, leaf, place))
+
     for path, names in tensor_names(model).items():
         leaf = leaves[path]
         stack = stack_shape(model, path, leaf)
         for i, (name, place) in enumerate(zip(names, np.ndindex(*stack), strict=True)):
             kept = plan.leaves[path][i].dtype if plan else NAMES[np.dtype(leaf.dtype)]
-            outputs.append(Output(name, leaf.shape[len(stack) :], wanted or kept, leaf, place, None))
+            add(name, kept, part_of(model, path), leaf, place)
     if plan and plan.tied_head:
-        leaf = leaves[EMBEDDING]
-        outputs.append(Output(plan.tied_head.name, leaf.shape, wanted or plan.tied_head.dtype, leaf, (), None))
+        add(plan.tied_head.name, plan.tied_head.dtype, Part(plan.tied_head.name), leaves[EMBEDDING], ())
     for tensor in plan.ignored if plan else ():
-        outputs.append(Output(tensor.name, tensor.shape, tensor.dtype, None, (), tensor))
-    return sorted(outputs, key=lambda output: output.name)
+        outputs[tensor.name] = Output(tensor.name, tensor.shape, tensor.dtype, tensor)
+    return sorted(outputs.values(), key=lambda output: output.name)
 
 
 def _shards(outputs: list[Output], limit: float) -> dict[str, list[Output]]:
@@ -143,8 +156,9 @@ def _shards(outputs: list[Output], limit: float) -> dict[str, list[Output]]:
     return {f"model-{i:05}-of-{len(groups):05}.safetensors": group for i, group in enumerate(groups, 1)}
 
 
-def _write_shard(file: Path | None, tensors: list[Output]) -> None:
-    """A safetensors file, one tensor in memory at a time. Without a file (not the first host) only gather."""
+def _write_shard(file: Path | None, tensors: list[Output]) -> dict[str, str]:
+    """A safetensors file, one tensor in memory at a time; the tensors' hashes. Without a file (not the first host) only
+    gather."""
     # wide dtypes first keeps every tensor aligned to its width, as the safetensors library does
     tensors = sorted(tensors, key=lambda t: -DTYPES[t.dtype].itemsize if t.dtype in DTYPES else 0)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file without it
@@ -155,15 +169,18 @@ def _write_shard(file: Path | None, tensors: list[Output]) -> None:
         position += tensor.bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    hashes = {}
     with open(file, "wb") if file else contextlib.nullcontext() as stream:
         if stream:
             stream.write(struct.pack("<Q", len(text)) + text)
         for tensor in tensors:
             values = tensor.read()
             if stream:
+                hashes[tensor.name] = hashlib.sha256(values.data).hexdigest()
                 stream.write(values.data)
         if stream:
             _sync(stream)
+    return hashes
 
 
 def _index(shards: dict[str, list[Output]]) -> bytes:
@@ -177,6 +194,8 @@ def _config(model: Model, hf: dict[str, Any] | None, dtype: str | None) -> dict[
     if hf is None:
         return FAMILIES[model.family].config_to_hf(model.config) | {"dtype": dtype or model.param_dtype}
     changed = dict(hf)
+    if changed.pop("quantization_config", None) and not {"dtype", "torch_dtype"} & set(hf):
+        changed["dtype"] = "bfloat16"  # what packed weights are written in
     if model.config.vocab_size != hf["vocab_size"]:
         changed["vocab_size"] = model.config.vocab_size
     if dtype:
