@@ -126,7 +126,8 @@ def _export(arguments: argparse.Namespace) -> int:
     if arguments.adapter:
         return _finish(arguments, export_adapter(arguments.workdir, arguments.out, step=arguments.step))
     return _finish(arguments, export_run(
-        arguments.workdir, arguments.out, step=arguments.step, dtype=arguments.dtype
+        arguments.workdir, arguments.out, step=arguments.step, dtype=arguments.dtype, check=arguments.check,
+        max_shard_bytes=arguments.shard_gb * 1e9,
     ))
 
 

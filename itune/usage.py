@@ -78,6 +78,8 @@ def build_parser(version: str) -> Parser:
     kind = sub.add_mutually_exclusive_group()
     kind.add_argument("--dtype", choices=("float32", "bfloat16"), help="dtype of the weights (default: the source's)")
     kind.add_argument("--adapter", action="store_true", help="a LoRA run's adapters as a folder of peft, not merged")
+    sub.add_argument("--shard-gb", type=float, default=5.0, metavar="N", help="largest weight file, GB (default 5)")
+    sub.add_argument("--check", choices=("transformers",), help="have it load the folder and compare logits as well")
     _json(sub)
 
     sub = _verb(verbs, "generate", "answer the prompts of a file",

@@ -1,19 +1,25 @@
 """Export: what training left alone stays as it was, what it changed is written, and all of it is proven."""
 
+import contextlib
 import hashlib
 import json
+import shutil
 import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+from safetensors import safe_open
 
 import itune
 from itune import export
+from itune.checkpoint import Store
 from itune.data.render import as_tokenizer
-from itune.data.templates import load_tokenizer
+from itune.data.templates import CHATML, load_tokenizer
 from itune.export import check_target, export_pretrained, proof
+from itune.export.hashes import verify_folder
 from itune.models import load_pretrained, save_pretrained
 from itune.types import InputError, RunError
 
@@ -103,9 +109,42 @@ def test_the_proof_names_every_file(source, tuned, tmp_path):
     files = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in out.iterdir() if p.name != "itune_proof.json"}
     assert record["sha256"] == files and sum(name.endswith(".safetensors") for name in files) > 2
     assert record["step"] == 7 and record["source"] == str(source)
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(safe_open(file, "pt")) for file in out.glob("*.safetensors")]
+        theirs = {name: file.get_tensor(name) for file in opened for name in file.keys()}  # noqa: SIM118
+    assert record["tensors"] == {
+        name: hashlib.sha256(tensor.view(torch.uint8).numpy()).hexdigest() for name, tensor in theirs.items()
+    }
+    assert verify_folder(out) == []
     assert record["max_abs_logit_difference"] == report.max_abs_logit_difference == 0
     assert report.dtypes == {"bfloat16": 3 * 11 + 3} and report.rounding_logit_difference > 1e-4
     assert report.bytes == 2 * report.parameters == 2 * sum(x.size for x in jax.tree.leaves(params))
+
+
+def test_bytes_that_changed_on_their_way_to_the_disk(source, tuned, tmp_path, monkeypatch):
+    prove = export.prove_weights
+
+    def rot(folder, model, params):
+        found = prove(folder, model, params)  # after the values were compared: only the hashes can tell
+        with open(folder / "model.safetensors", "r+b") as stream:
+            stream.seek(-3, 2)
+            last = stream.read(1)
+            stream.seek(-3, 2)
+            stream.write(bytes([last[0] ^ 16]))
+        return found
+
+    monkeypatch.setattr(export, "prove_weights", rot)
+    with pytest.raises(RunError, match=r"tensors on disk are not what was written:\n  model\.\S+: other bytes$"):
+        export_pretrained(tmp_path / "out", *tuned[:2], source, tuned[2])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_revision_of_a_download_is_its_commit(source, tmp_path):
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "0123abcd"
+    shutil.copytree(source, snapshot)
+    model, params = load_pretrained(snapshot)
+    export_pretrained(tmp_path / "out", model, params, snapshot, revision="main")
+    assert json.loads((tmp_path / "out" / "itune_proof.json").read_text())["revision"] == "0123abcd"
 
 
 def test_a_wrong_weight_is_found_and_nothing_is_left(source, tuned, tmp_path, monkeypatch):
@@ -152,7 +191,7 @@ def test_values_that_are_no_numbers_do_not_pass(source, tuned, tmp_path):
     model, params, _ = tuned
     bad = jax.tree.map(lambda x: x, params)
     bad["final_norm"]["scale"] = bad["final_norm"]["scale"].at[0].set(jnp.nan)
-    with pytest.raises(RunError, match="final_norm/scale by nan"):
+    with pytest.raises(RunError, match=r"cannot be loaded again: .*NaN or infinity.*\n  model.norm.weight"):
         export_pretrained(tmp_path / "out", model, bad, source)
 
 
@@ -188,6 +227,15 @@ def test_a_run_is_exported(source, tuned, tmp_path, monkeypatch):
     config = from_dict({"model": {"path": str(source)}, "mesh": {"fsdp": 2, "tensor": 2}})
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text(json.dumps(config.to_dict()))
+    place = Store(tmp_path / "run" / "checkpoints").path(12)
+    place.mkdir(parents=True)
+    saved = {"data": {"fingerprint": "ab12", "total_steps": 30}, "config": {}}
+    (place / "run.json").write_text(json.dumps(saved))
+    report = {"rows": 9, "kept": 8, "truncated": 1, "tokens": 200, "supervised_tokens": 50, "dropped": {"empty": 1}}
+    (tmp_path / "run" / "data").mkdir()
+    (tmp_path / "run" / "data" / "report.json").write_text(
+        json.dumps(report | {"inputs": {"train": {"mine": "cd34"}, "tokenizer": "x"}})
+    )
     run = types.SimpleNamespace(config=config, step=12, tokenizer=tokenizer, model=model, params=params)
     asked, lines = [], []
     load_run = lambda workdir, step, mesh, log: asked.append((step, dict(mesh.shape))) or run  # noqa: E731
@@ -196,4 +244,10 @@ def test_a_run_is_exported(source, tuned, tmp_path, monkeypatch):
     assert asked[0][0] == 12 and asked[0][1]["fsdp"] == 8  # four devices are not eight: weights go over all
     assert result["step"] == 12 and result["max_abs_logit_difference"] == 0
     assert "exported step 12" in lines[0] and "largest difference of a logit 0" in lines[1]
-    assert json.loads((tmp_path / "out" / "itune_proof.json").read_text())["workdir"] == str(tmp_path / "run")
+    record = json.loads((tmp_path / "out" / "itune_proof.json").read_text())
+    assert record["workdir"] == str(tmp_path / "run") and (record["step"], record["total_steps"]) == (12, 30)
+    assert record["data"] == {"fingerprint": "ab12", "inputs": {"train": {"mine": "cd34"}, "eval": {}}}
+    assert record["masks"] == report | {"supervised_share": 0.25}
+    assert record["chat_template_sha256"] == hashlib.sha256(CHATML.encode()).hexdigest()
+    assert record["tokenizer_sha256"] == tokenizer.fingerprint and len(record["config_sha256"]) == 64
+    assert record["source"] == str(source) and record["revision"] is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import glob
 import math
 import os
 import shutil
@@ -16,8 +17,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from itune.config import load_config
+from itune.export.check import check_with
 from itune.export.companions import write_companions, write_tokenizer
-from itune.export.proof import PROOF, probe_tokens, prove_tokenizer, prove_weights, write_proof
+from itune.export.hashes import PROOF, prove_tensors
+from itune.export.proof import probe_tokens, prove_tokenizer, prove_weights, write_proof
+from itune.export.record import commit_of, run_record
 from itune.models import Model, forward, load_model, save_pretrained
 from itune.models.hf.files import find_folder
 from itune.models.peft import read_adapter, write_adapter
@@ -30,7 +34,8 @@ class ExportReport:
     """What was written and how it was proven; `report["max_abs_logit_difference"]` reads like a mapping.
 
     max_abs_logit_difference: reloaded folder against the parameters in memory, rounded to the dtype that was asked for.
-    rounding_logit_difference: what that rounding itself changed. Both over the probe tokens.
+    rounding_logit_difference: what that rounding itself changed. Both over the probe tokens. checks: what another
+    library found, by its name.
     """
 
     folder: str
@@ -41,6 +46,7 @@ class ExportReport:
     max_abs_logit_difference: float
     rounding_logit_difference: float
     tokenizer: dict[str, Any]
+    checks: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Any:
         return getattr(self, name)
@@ -60,13 +66,15 @@ def export_pretrained(
     *,
     revision: str | None = None,
     info: Mapping[str, Any] | None = None,
+    check: str | None = None,
 ) -> ExportReport:
     """Write model, tokenizer, chat template and generation config to a folder, and prove it by loading it again.
 
     `source` is the checkpoint that the model was loaded from; what training did not change is copied from it byte for
     byte. `tokenizer` is the one of the training run: where it differs from the source's (a chat template, added tokens)
     it is written too, and its end of turn becomes a stop token of the generation config. Weights keep the source's
-    dtype unless `dtype` is given. `info` is entered in the proof file, `itune_proof.json`.
+    dtype unless `dtype` is given. `info` is entered in the proof file, `itune_proof.json`, beside the hash of every
+    file and tensor. `check="transformers"` has transformers load the folder too, in a process of its own, and compares.
 
     The folder appears whole and proven, or not at all; an earlier export there is replaced, anything else refused
     (InputError). Raises RunError when the proof fails or the disk does. On several hosts all must call this.
@@ -74,7 +82,7 @@ def export_pretrained(
     folder, origin = Path(folder), find_folder(source, revision)
     check_target(folder, origin)
     with _staged(folder) as staging:
-        save_pretrained(
+        written = save_pretrained(
             staging, model, params, source=source, revision=revision, dtype=dtype, max_shard_bytes=max_shard_bytes
         )
         if jax.process_index() == 0:
@@ -85,7 +93,12 @@ def export_pretrained(
             folder=str(folder), source=str(source), tokenizer=prove_tokenizer(staging, tokenizer), **weights
         )
         if jax.process_index() == 0:
-            write_proof(staging, report.to_dict(), {"revision": revision, **(info or {})})
+            entries = {"revision": commit_of(origin, revision), **(info or {})}
+            entries["tensors"] = prove_tensors(staging, written)
+            write_proof(staging, report.to_dict(), entries)
+            if check:
+                report = dataclasses.replace(report, checks={check: check_with(check, staging)})
+                write_proof(staging, report.to_dict(), entries)
     return report
 
 
@@ -95,6 +108,8 @@ def export_run(
     step: int | None = None,
     dtype: str | None = None,
     log: Callable[[str], None] = print,
+    check: str | None = None,
+    max_shard_bytes: float = 5e9,
 ) -> dict[str, Any]:
     """Export a run's checkpoint (the newest, or that of `step`); says what was written and proven. See above."""
     from itune.saved_run import load_run
@@ -109,10 +124,13 @@ def export_run(
         log(f"merged in {model.param_dtype}: logits differ by at most {difference:.3g} from those of the adapters "
             "beside their base")
     report = export_pretrained(
-        out, model, params, section.path, run.tokenizer, dtype, revision=section.revision or None, info=info
+        out, model, params, section.path, run.tokenizer, dtype, max_shard_bytes,
+        revision=section.revision or None, info=run_record(Path(workdir), run) | info, check=check,
     )
     log(f"exported step {run.step} to {out}: {report.parameters:,} parameters, {report.bytes:,} bytes of weights")
     log(f"proof: reloaded, largest difference of a logit {report.max_abs_logit_difference:.3g} (see {PROOF})")
+    for name, found in report.checks.items():
+        log(f"{name} {found['version']}: largest difference of a logit {found['max_abs_logit_difference']:.3g}")
     return {**report.to_dict(), **info}
 
 
@@ -197,9 +215,13 @@ def check_target(folder: Path, origin: Path | None) -> None:
 def _staged(folder: Path) -> Iterator[Path]:
     """A folder beside `folder` that takes its place when all went well, and is removed otherwise."""
     first = jax.process_index() == 0
-    staging = folder.parent / f".{folder.name}.exporting"
+    staging, aside = folder.parent / f".{folder.name}.exporting", folder.parent / f".{folder.name}.replaced"
     if first:
-        shutil.rmtree(staging, ignore_errors=True)  # left by an export that was killed
+        partial = folder.parent.glob(f".{glob.escape(staging.name)}.*.partial")
+        for left in (staging, *partial):  # of exports that were killed
+            shutil.rmtree(left, ignore_errors=True)
+        if (aside / PROOF).is_file() and not folder.exists():  # killed between the two renames of _replace
+            os.replace(aside, folder)
     try:
         yield staging
         if first:

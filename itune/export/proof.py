@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import time
 from collections import Counter
@@ -16,13 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from itune.data.stops import GENERATION, stop_ids
+from itune.export.hashes import PROOF, file_hashes
 from itune.models import Model, forward, load_pretrained
 from itune.models.hf.files import DTYPES, read_json
 from itune.models.hf.plan import leaf_paths, make_plan
 from itune.sharding import rows_divisor
 from itune.types import InputError, Message, RunError
 
-PROOF = "itune_proof.json"
 TOLERANCE = 1e-5  # the same values in the same program: only a non-deterministic kernel could differ at all
 TEXTS = (
     "The quick brown fox jumps over 13 lazy dogs.",
@@ -35,7 +34,10 @@ TEXTS = (
 def prove_weights(folder: Path, model: Model, params: Any) -> dict[str, Any]:
     """Reload the weights, compare every tensor, then the logits of probe tokens. Raises RunError when they differ."""
     settings = {name: getattr(model, name) for name in ("compute_dtype", "attention", "remat")}
-    reloaded, again = load_pretrained(folder, model.mesh, model.param_dtype, **settings)
+    try:
+        reloaded, again = load_pretrained(folder, model.mesh, model.param_dtype, **settings)
+    except InputError as error:
+        raise RunError(f"{folder}: cannot be loaded again: {error}") from error
     if reloaded.config != model.config or reloaded.family != model.family:
         raise RunError(f"{folder}: reads back as another architecture: {reloaded.config}; expected {model.config}")
     plan = make_plan(folder, model, model.config.vocab_size)
@@ -61,7 +63,7 @@ def prove_weights(folder: Path, model: Model, params: Any) -> dict[str, Any]:
         raise RunError(
             f"{folder}: logits of the reloaded model differ by {difference:.3g}; expected at most {TOLERANCE:.0e}"
         )
-    tensors = [tensor for leaf in plan.leaves.values() for tensor in leaf]
+    tensors = list({tensor.name: tensor for leaf in plan.leaves.values() for tensor in leaf}.values())
     return {
         "parameters": sum(leaf.size for leaf in trained.values()),
         "bytes": sum(tensor.stop - tensor.start for tensor in tensors),
@@ -137,11 +139,6 @@ def prove_tokenizer(folder: Path, tokenizer: Any) -> dict[str, Any]:
 
 def write_proof(folder: Path, report: dict[str, Any], info: dict[str, Any]) -> None:
     """Write `itune_proof.json`: what was compared, and the SHA-256 of every file of the folder."""
-    files = {path.name: _sha256(path) for path in sorted(folder.iterdir()) if path.is_file() and path.name != PROOF}
     record = {**report, **info, "tolerance": TOLERANCE, "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-    (folder / PROOF).write_text(json.dumps({**record, "sha256": files}, indent=2) + "\n", encoding="utf-8")
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    record["sha256"] = file_hashes(folder)
+    (folder / PROOF).write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
