@@ -269,6 +269,15 @@ def _spans(pieces: list[tuple[slice, slice, np.ndarray]]) -> list[slice]:
     return spans
 
 
+def read_slice(tensor: Tensor, bounds: Iterable[slice], out: np.ndarray) -> None:
+    """out[...] = tensor[bounds], converted to its dtype. Raises InputError for NaN and infinity."""
+    with Reader() as reader:
+        for matrix in matrices(tensor, Part(tensor.name), [Target(tuple(bounds), out)]):
+            reader.run(list(reader.jobs(matrix)))
+    if reader.broken:
+        raise InputError(f"{tensor.file}: {tensor.name} holds NaN or infinity; expected finite numbers")
+
+
 def mean_row(tensor: Tensor) -> np.ndarray:
     """The mean of a matrix's rows, float32; reads a chunk at a time."""
     total = np.zeros(tensor.shape[1], np.float64)
