@@ -123,9 +123,9 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
         if not isinstance(index, dict) or not all(isinstance(v, str) for v in index.values()):
             raise InputError(f"{folder / INDEX}: expected an object weight_map of tensor -> file name")
         names = sorted(set(index.values()))
+        files = [_inside(folder, name, folder / INDEX) for name in names]
         if others := [name for name in names if not name.endswith(".safetensors")]:
             raise InputError(f"{folder / INDEX}: names {', '.join(others[:3])}; expected .safetensors files only")
-        files = [_inside(folder, name, folder / INDEX) for name in names]
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             here = ", ".join(sorted(p.name for p in folder.glob("*.safetensors"))) or "none"
