@@ -31,7 +31,7 @@ def packed(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("packed") / "model"
     config = GptOssConfig(
-        vocab_size=61, hidden_size=64, intermediate_size=32, num_hidden_layers=3, num_attention_heads=4,
+        vocab_size=62, hidden_size=64, intermediate_size=32, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=5,
     )  # fmt: skip
     torch.manual_seed(0)
