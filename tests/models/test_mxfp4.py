@@ -38,7 +38,7 @@ def packed(tmp_path_factory):
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.normal_(1.0 if "norm" in name else 0.0, 0.3)
+            parameter.normal_(1.0 if "norm" in name else 0.0, 0.2)
     model.to(torch.bfloat16).save_pretrained(folder)
     with_torch = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     rng = np.random.default_rng(0)
