@@ -44,8 +44,9 @@ def whole_batches(count: int, rows: int, length: int, vocab: int) -> list[Batch]
     """Batches of rows that are one example each, every token of it supervised."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, vocab, count * rows * length, dtype=np.int32)
+    offsets = np.arange(count * rows + 1) * length
     store = types.SimpleNamespace(
-        tokens=tokens, weights=np.ones(tokens.size, np.float32), offsets=np.arange(count * rows + 1) * length
+        tokens=tokens, weights=np.ones(tokens.size, np.float32), offsets=offsets, lengths=np.diff(offsets)
     )
     return [build_batch(store, [np.array([i * rows + r]) for r in range(rows)], rows, length) for i in range(count)]
 

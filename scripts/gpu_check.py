@@ -138,7 +138,7 @@ def packed_batches(count: int, rows: int, length: int, vocab: int) -> tuple[list
     offsets = np.r_[0, np.cumsum(lengths)]
     tokens = rng.integers(0, vocab, int(offsets[-1]), dtype=np.int32)
     weights = np.concatenate([np.arange(n) >= n // 3 for n in lengths]).astype(np.float32)
-    store = types.SimpleNamespace(tokens=tokens, weights=weights, offsets=offsets)
+    store = types.SimpleNamespace(tokens=tokens, weights=weights, offsets=offsets, lengths=np.diff(offsets))
     members = pack(lengths, length)
     members = [members[i] for i in rng.permutation(len(members))[: count * rows]]
     batches: list[Any] = [build_batch(store, members[i : i + rows], rows, length) for i in range(0, count * rows, rows)]

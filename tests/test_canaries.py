@@ -83,6 +83,8 @@ def words_of(folder, run, out):
         ("generate",): ["generate", "--model", str(folder / "model"), "--prompts", str(folder / "prompts.txt"),
                         "--max-new-tokens", "4", "--out", str(out / "answers.jsonl")],
         ("chat",): ["chat", "--model", str(folder / "model"), "--max-new-tokens", "4"],
+        ("plan",): ["plan", *recipe, "--topology", "v5e:2x2", "--formula", "--config.train.max_steps=2"],
+        ("verify",): ["verify", *recipe, "--workdir", str(out / "verify"), "--only", "remat"],
         ("checkpoints",): ["checkpoints", str(run)],
         ("report",): ["report", str(run)],
         ("data", "show"): ["data", "show", *recipe],

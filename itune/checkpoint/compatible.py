@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from itune.config import all_keys
+
+# every section of the config, those inside another one too
+SECTIONS = frozenset(key[:end] for key in all_keys() for end, letter in enumerate(key) if letter == ".")
 # dotted key or section -> what a change on resume means. The longest match decides; a key that matches none must match.
 #   "must": refused. "grow": may become larger, the run is extended. "data": may change as long as the fingerprint of
 #   the training data agrees (a file that moved). "may": changes no number, or is meant to change. "rounding": changes
@@ -91,11 +95,11 @@ def _grows(before: Any, after: Any) -> bool:
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted key -> value. Only sections are entered: a dict that is a value stays one."""
+    """Dotted key -> value. Only sections are entered: a dict that is a value (`data.mixture`) stays one."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
-        if isinstance(value, Mapping) and not prefix:
-            flat.update(_flat(value, f"{name}."))
+        if isinstance(value, Mapping) and prefix + name in SECTIONS:
+            flat.update(_flat(value, f"{prefix}{name}."))
         else:
             flat[prefix + name] = value
     return flat

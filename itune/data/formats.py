@@ -47,11 +47,12 @@ def convert(row: Row, name: str, fields: Mapping[str, str] | None = None) -> Con
     """
     fields = fields or {}
     messages = FORMATS[name](row, fields)
+    where = f"{row.address}: {fields.get(SIGNS[name][0], SIGNS[name][0])}"
     if not messages:
-        raise InputError(f"{row.address}: no messages; expected at least one user and one assistant turn")
+        raise InputError(f"{where}: empty; expected at least one user and one assistant turn")
     if not any(message.role == "assistant" for message in messages):
         roles = ", ".join(message.role for message in messages)
-        raise InputError(f"{row.address}: no assistant turn (roles found: {roles}); expected at least one")
+        raise InputError(f"{where}: no assistant turn (roles found: {roles}); expected at least one")
     used = {fields.get(sign, sign) for sign in (*SIGNS[name], *OPTIONAL[name])}
     scalars = str | int | float | bool
     metadata: dict[str, Any] = {k: v for k, v in row.fields.items() if k not in used and isinstance(v, scalars)}
