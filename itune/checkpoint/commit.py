@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import time
 from pathlib import Path
 
 from itune.checkpoint.manifest import NAME, sync_folder
@@ -32,3 +34,16 @@ def renames_whole_folders(folder: Path, mounts: Path = Path("/proc/self/mountinf
         if folder.absolute().is_relative_to(point) and len(point.parts) >= best:
             best, kind = len(point.parts), after.split()[0]
     return not kind.startswith("fuse")
+
+
+def remove_while_written(folder: Path, quiet: float = 0.5, limit: float = 10.0) -> None:
+    """Remove a folder into which threads of a failed save may still write: Orbax raises when its first writer fails,
+    and the others make the folder anew. Returns once it stayed away for `quiet` seconds, at the latest after `limit`.
+    """
+    end = time.monotonic() + limit
+    gone_since = time.monotonic()
+    while time.monotonic() < min(gone_since + quiet, end):
+        if folder.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            gone_since = time.monotonic()
+        time.sleep(0.02)

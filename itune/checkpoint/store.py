@@ -23,7 +23,7 @@ from typing import Any
 import jax
 
 from itune.checkpoint import manifest as manifests
-from itune.checkpoint.commit import commit
+from itune.checkpoint.commit import commit, remove_while_written
 from itune.checkpoint.retention import steps_to_delete
 from itune.runtime.distributed import meet
 from itune.runtime.marks import mark
@@ -268,7 +268,7 @@ class Store:
 
     def _discard(self, temporary: Path) -> None:
         if jax.process_index() == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
+            remove_while_written(temporary)
 
     def _newest_good(self) -> int | None:
         steps = self._numbered()
