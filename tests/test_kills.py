@@ -87,8 +87,9 @@ def check(campaign, points):
     for point, seen in zip(points, marks):
         assert point.replace(":", " ") in seen[-4:]  # killed there; another thread may have said one more thing
         committed = max([committed, *(int(line.split()[1]) for line in seen if line.startswith("committed"))])
-        step = int(point.split(":")[1])
-        assert committed >= step // EVERY * EVERY - EVERY, (point, committed)  # at most one save was lost with it
+        phase, step = point.split(":")[0], int(point.split(":")[1])
+        begun = (step if phase in IN_SAVE else step - 1) // EVERY * EVERY  # the newest save that had begun
+        assert committed >= begun - EVERY, (point, committed)  # it had waited for the one before it: one is lost at most
     starts = [int(line.split("step ")[1].split()[0]) for line in log.splitlines() if line.startswith("resumed from")]
     assert starts == sorted(starts) and len(starts) >= len(points) - 2
     assert sorted(path.name for path in (killed / "checkpoints").iterdir()) == [str(STEPS - EVERY), str(STEPS)]
