@@ -167,5 +167,5 @@ def get_config() -> ConfigDict:
     c.log.wandb = ""  # project name; "" is off
 
     c.profile = ConfigDict()
-    c.profile.steps = ""  # "10:13" traces these steps
+    c.profile.steps = ""  # "10:13" traces steps 10 to 13 for XProf and says where their time went (docs/launch.md)
     return c

@@ -35,6 +35,7 @@ from itune.runtime.secrets import redact
 from itune.runtime.signals import StopRequest
 from itune.runtime.watchdog import Watchdog
 from itune.setup_run import check_resume, local_rows, make_plan, prepare_data
+from itune.sharding import describe_sizes
 from itune.skipped import Skipped
 from itune.step import all_finite
 from itune.tuning import frozen_digest
@@ -108,7 +109,7 @@ class Run:
         self.skipped = Skipped(config.train.max_skipped)
         self.judge = Judge(config, workdir)
         self.stalled = ""  # why it ends before its last step
-        self.profiler = Profiler(config.profile.steps, workdir)
+        self.profiler = Profiler(config.profile.steps, workdir, self.log)
         self.metrics: dict[str, Any] = {}
         self.writers: Writers | None = None
         self.store = Store(
@@ -141,7 +142,8 @@ class Run:
             if (self.stalled or self.done == self.total) and not self.judge.waiting(self.done):
                 return self._finished_before()
             if (mesh := saved.data["mesh"]) != plan.mesh.shape:
-                self.log(f"resumed on another mesh, {_sizes(mesh)} -> {_sizes(plan.mesh.shape)} (changes by rounding)")
+                self.log(f"resumed on another mesh, {describe_sizes(mesh)} -> {describe_sizes(plan.mesh.shape)} "
+                         "(changes by rounding)")
         elif logged:
             self.log(f"{self.workdir} holds a run without a checkpoint: it starts again from the beginning")
         saved_part = plan.state.replace(frozen={})
@@ -197,9 +199,15 @@ class Run:
         asked, self.saved_at = agreement.exchange(self._wish()), time.monotonic()
         stopped = asked == _STOP
         with contextlib.closing(batches), self.profiler, watchdog:
-            for step, batch in () if stopped or self.stalled else feed(meter.count(batches), self.plan.mesh):
-                self.profiler.before(step)
-                state, metrics = compiled(state, batch)
+            fed = feed(meter.count(batches), self.plan.mesh)
+            for step, batch in () if stopped or self.stalled else self.profiler.watch(fed):
+                if self.profiler.due(step):
+                    self._read(waiting, meter, keep=0)
+                    with watchdog.paused():
+                        self.profiler.switch(step)
+                    meter.restart()
+                with self.profiler.step(step):
+                    state, metrics = compiled(state, batch)
                 self.done = step + 1
                 waiting.append((self.done, metrics))
                 self._read(waiting, meter, keep=1)
@@ -381,12 +389,9 @@ class Run:
     @contextlib.contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
         begun = time.monotonic()
-        yield
+        with jax.profiler.TraceAnnotation(f"itune/{phase}"):
+            yield
         self.seconds[phase] += time.monotonic() - begun
 
 
 _all_finite = jax.jit(all_finite)
-
-
-def _sizes(shape: Mapping[str, int]) -> str:
-    return " x ".join(f"{axis}={size}" for axis, size in shape.items() if size > 1) or "one device"

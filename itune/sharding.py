@@ -50,12 +50,16 @@ def mesh_sizes(shape: Mapping[str, int] | None, devices: int) -> dict[str, int]:
     if inferred and devices % known == 0:
         sizes[inferred[0]] = devices // known
     if math.prod(sizes.values()) != devices:
-        asked = " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1) or "one device"
         raise InputError(
-            f"mesh: {asked} does not fit {devices} devices; make the product {devices}, "
+            f"mesh: {describe_sizes(sizes)} does not fit {devices} devices; make the product {devices}, "
             "or give one axis -1 to let it take what the others leave"
         )
     return sizes
+
+
+def describe_sizes(sizes: Mapping[str, int]) -> str:
+    """data=2 x fsdp=4"""
+    return " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1) or "one device"
 
 
 def axis_sizes(sizes: Mapping[str, int]) -> dict[str, int]:
