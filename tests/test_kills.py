@@ -89,7 +89,7 @@ def check(campaign, points):
         committed = max([committed, *(int(line.split()[1]) for line in seen if line.startswith("committed"))])
         phase, step = point.split(":")[0], int(point.split(":")[1])
         begun = (step if phase in IN_SAVE else step - 1) // EVERY * EVERY  # the newest save that had begun
-        assert committed >= begun - EVERY, (point, committed)  # it had waited for the one before it: one is lost at most
+        assert committed >= begun - EVERY, (point, committed)  # it had waited for the one before: at most one is lost
     starts = [int(line.split("step ")[1].split()[0]) for line in log.splitlines() if line.startswith("resumed from")]
     assert starts == sorted(starts) and len(starts) >= len(points) - 2
     assert sorted(path.name for path in (killed / "checkpoints").iterdir()) == [str(STEPS - EVERY), str(STEPS)]
