@@ -10,14 +10,14 @@ def get_config() -> ConfigDict:
     c.evaluators = ("heldout_loss",)  # names of files in itune/evaluators
 
     c.model = ConfigDict()
-    c.model.path = ""  # folder with config.json and safetensors, or a hub id
+    c.model.path = ""  # folder with config.json and safetensors (here, gs:// or s3://), or a hub id
     c.model.revision = ""  # commit, tag or branch of a hub id; "" is its main branch
     c.model.param_dtype = "float32"  # dtype of the weights that the optimizer updates
     c.model.compute_dtype = "float32"  # dtype of matrix products: bfloat16 on accelerators
     c.model.attention = "auto"  # auto chooses by device: blocks (CPU), cudnn or pallas (GPU), splash (TPU)
 
     c.data = ConfigDict(convert_dict=False)
-    c.data.train = ""  # JSONL (.gz, .zst), Parquet, folder, glob, hub dataset id, tfds:NAME; or a tuple of them
+    c.data.train = ""  # JSONL (.gz, .zst), Parquet, folder, glob (here, gs://, s3://), hub id, tfds:NAME; or a tuple
     c.data.eval = ""  # the same, for held-out items that stand in files of their own
     c.data.format = "auto"  # auto | messages | sharegpt | alpaca | prompt_completion
     c.data.fields = {}  # field map, ours -> theirs: {"prompt": "question", "completion": "answer"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -20,6 +19,8 @@ from itune.data.render import as_tokenizer
 from itune.data.sources import Source, open_sources
 from itune.data.store import ExampleStore, conversation_from_json, hash_of, read_store
 from itune.data.templates import Tokenizer, require_template
+from itune.storage.cache import cache_folder as user_cache
+from itune.storage.cache import locked
 from itune.types import Conversation, RunError
 from itune.writers import write_atomically
 
@@ -78,8 +79,7 @@ def prepare(section: Any, tokenizer: Any, seed: int = 0, log: Callable[[str], No
     inputs = fingerprint_inputs(section, sources, eval_sources, tokenizer, seed)
     folder = cache_folder(section.cache_dir) / hash_of({**inputs, "code": _code_digest()})[:32]
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(folder.with_suffix(".lock")):
+        with locked(folder.with_suffix(".lock")):
             dataset = _open(folder, log)
             if dataset is not None:
                 log(f"data: {len(dataset.train):,} examples from the cache in {folder}")
@@ -100,7 +100,7 @@ def cache_folder(cache_dir: str = "") -> Path:
     """Where tokenised data is kept: `cache_dir`, or `itune/data` in the user's cache folder."""
     if cache_dir:
         return Path(cache_dir).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "itune" / "data"
+    return user_cache() / "data"
 
 
 def fingerprint_inputs(section: Any, sources: list[Source], eval_sources: list[Source], tokenizer: Tokenizer,
@@ -142,13 +142,3 @@ def _code_digest() -> str:
     for file in sorted(Path(__file__).parent.glob("*.py")):
         hasher.update(file.read_bytes())
     return hasher.hexdigest()
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock file, so that one process of this machine writes a cache folder at a time."""
-    import fcntl
-
-    with open(path, "w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from itune.data.jsonl import read_json_array, read_jsonl
+from itune.storage.bucket import is_url
+from itune.storage.fetch import local_files
 from itune.types import Address, InputError
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst", ".parquet")
@@ -27,7 +29,10 @@ class Row(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A named set of rows: `files` on disk, or `identifier` of a Hugging Face or TFDS dataset."""
+    """A named set of rows: `files` on disk, or `identifier` of a Hugging Face or TFDS dataset.
+
+    Of a bucket the files are copies here; `spec` is the URL.
+    """
 
     name: str
     spec: str
@@ -89,6 +94,8 @@ def _open(name: str, text: Any, key: str) -> Source:
         raise InputError(f"{key} must be text that names a file or a dataset, found {type(text).__name__} {text!r}")
     if text.startswith("tfds:"):
         return Source(name, text, kind="tfds")
+    if is_url(text):
+        return Source(name, text, tuple(local_files(text, SUFFIXES, key)))
     path = Path(text).expanduser()
     if path.is_file():
         return Source(name, text, (_known(path, key),))

@@ -13,6 +13,7 @@ import jinja2
 
 from itune.data.stops import source_stop_ids
 from itune.data.tokenizer import Tokenizer
+from itune.storage.fetch import local_folder
 from itune.types import InputError
 
 CHATML = """\
@@ -91,13 +92,14 @@ class ChatTemplate:
 
 
 def load_tokenizer(path: str, chat_template: str = "", revision: str | None = None) -> Tokenizer:
-    """The tokenizer of a folder or hub id, with its own chat template or the one that `chat_template` names.
+    """The tokenizer of a folder (here or in a bucket) or hub id.
 
-    `chat_template` is a shipped name (chatml, llama3, tulu, zephyr) or a file; the tokens that it writes as `<|...|>`
-    and the tokenizer lacks are added, and eos becomes its end-of-turn token, so that an exported model stops where it
-    should.
+    With its own chat template or the one that `chat_template` names: a shipped one (chatml, llama3, tulu, zephyr) or a
+    file. The tokens that it writes as `<|...|>` and the tokenizer lacks are added, and eos becomes its end-of-turn
+    token, so that an exported model stops where it should.
     Raises InputError for a missing tokenizer, and for a missing template with the names available.
     """
+    path = local_folder(path)
     try:
         hf = _tokenizer_class(path).from_pretrained(path, revision=revision or None, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds for one finding: there is no usable tokenizer here

@@ -21,6 +21,7 @@ from itune.models.hf.plan import stack_shape, tensor_names
 from itune.models.hf.read import read_slice
 from itune.models.lora import Lora, abstract_adapters, adapter_shardings, targets
 from itune.models.model import Model
+from itune.storage.fetch import local_folder
 from itune.types import InputError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -67,7 +68,7 @@ def read_adapter(folder: str | os.PathLike, model: Model, lora: Lora) -> Any:
     Raises InputError where the folder is none, is of another kind, has other settings than `lora` or other tensors
     than `lora` and the model need: all of them listed.
     """
-    folder = Path(folder)
+    folder = Path(local_folder(str(folder), "lora.init_from"))
     if not (folder / CONFIG).is_file():
         raise InputError(f"lora.init_from: {folder} has no {CONFIG}; expected an adapter folder of peft")
     config = read_json(folder / CONFIG)

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-
-def cache_folder() -> Path:
-    """Where itune keeps what it can compute again: `$XDG_CACHE_HOME/itune`, or `~/.cache/itune`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "itune"
+from itune.storage.cache import cache_folder
 
 
 def use_compilation_cache() -> None:

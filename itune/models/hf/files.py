@@ -14,6 +14,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from itune.storage.fetch import MODEL_FILES, local_folder
 from itune.types import InputError
 
 DTYPES: dict[str, Any] = {
@@ -22,7 +23,6 @@ DTYPES: dict[str, Any] = {
     "F16": np.dtype(np.float16),
 }
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja"]
 MAX_HEADER = 100 << 20  # bytes, the limit of the safetensors library
 
 
@@ -43,8 +43,8 @@ class Tensor:
 
 
 def find_folder(path_or_repo: str | os.PathLike, revision: str | None = None) -> Path:
-    """The folder of a checkpoint: a local one, or a hub id's snapshot (weights, JSON and tokenizer files only)."""
-    given = str(path_or_repo)
+    """The folder of a checkpoint: a local one, or the copy of a bucket's or a hub id's (weights, JSON, tokenizer)."""
+    given = local_folder(str(path_or_repo))
     if Path(given).is_dir():
         return Path(given)
     if Path(given).exists():
@@ -74,7 +74,7 @@ def _download(repo: str, revision: str | None) -> Path:
 
     at = f" at revision {revision}" if revision else ""
     try:
-        return Path(huggingface_hub.snapshot_download(repo, revision=revision or None, allow_patterns=PATTERNS))
+        return Path(huggingface_hub.snapshot_download(repo, revision=revision or None, allow_patterns=MODEL_FILES))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(

@@ -1,0 +1,110 @@
+"""Objects of a bucket on this machine: fetched once, kept in the cache under a name that changes with the object."""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import hashlib
+import shutil
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+
+from itune.storage.bucket import Bucket, is_url, reaching
+from itune.storage.cache import cache_folder, locked
+from itune.types import InputError
+
+# of a model folder: weights, configuration and tokenizer; no pickles, no second copies
+MODEL_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja"]
+_GLOB = "*?["
+
+
+def local_files(url: str, suffixes: Sequence[str], key: str) -> list[str]:
+    """Local copies of the object, of the objects of a folder, or of those that a glob matches, in order of name.
+
+    Raises InputError, naming the config `key`, where there is none, where one ends in none of `suffixes`, or where the
+    bucket cannot be reached.
+    """
+    root, pattern = _split(url)
+    with reaching(f"{key}: {url}"):
+        bucket = Bucket(root)
+        if any(sign in pattern for sign in _GLOB):
+            names = sorted(name for name in bucket.list() if _matches(name, pattern))
+        else:
+            found = bucket.list(pattern)
+            names = [pattern] if pattern in found else sorted(n for n in found if n.endswith(tuple(suffixes)))
+        if not names:
+            raise InputError(f"{key}: {url}: no such object, nor a folder with one that ends in {', '.join(suffixes)}")
+        if wrong := [name for name in names if not name.endswith(tuple(suffixes))]:
+            raise InputError(f"{key}: {bucket.url}/{wrong[0]} ends in none of {', '.join(suffixes)}")
+        with ThreadPoolExecutor(4) as pool:
+            return list(pool.map(lambda name: str(_object(f"{bucket.url}/{name}", key)), names))
+
+
+def local_folder(path: str, key: str = "model.path") -> str:
+    """A path as it is; the local copy of a model or adapter folder in a bucket. A process looks once for each.
+
+    The copy is a folder of its own for each state of the objects, and appears there whole or not at all.
+    """
+    return _fetched_folder(path, key) if is_url(path) else path
+
+
+@functools.lru_cache(maxsize=64)
+def _fetched_folder(url: str, key: str) -> str:
+    with reaching(f"{key}: {url}"):
+        bucket = Bucket(url)
+        return str(_steady(bucket, "", PurePosixPath(bucket.path).name, key))
+
+
+def _object(url: str, key: str) -> Path:
+    home, _, name = url.rpartition("/")
+    return _steady(Bucket(home), name, name, key) / name
+
+
+def _steady(bucket: Bucket, name: str, label: str, key: str) -> Path:
+    """The cache's copy of one object, or without a name of a model's; fetched again where one changed on the way."""
+    for _ in range(3):
+        found = _wanted(bucket, name)
+        if not found:
+            expected = f"no object {name}" if name else f"no model there: no object is of {', '.join(MODEL_FILES)}"
+            raise InputError(f"{key}: {bucket.url}: {expected}")
+        folder = _cached(bucket, found, label)
+        if _wanted(bucket, name) == found:
+            return folder
+    raise InputError(f"{key}: {bucket.url}/{name} changes while it is read; wait until it is complete")
+
+
+def _wanted(bucket: Bucket, name: str) -> dict[str, str]:
+    return {each: version for each, version in bucket.list(name).items()
+            if (each == name if name else any(fnmatch.fnmatchcase(each, pattern) for pattern in MODEL_FILES))}
+
+
+def _cached(bucket: Bucket, found: Mapping[str, str], label: str) -> Path:
+    """The folder of the cache that holds these objects in these versions; one process of this machine fetches it."""
+    text = repr(sorted((f"{bucket.url}/{name}", version) for name, version in found.items()))
+    folder = cache_folder() / "fetched" / f"{label}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    with locked(folder.with_name(f"{folder.name}.lock")):
+        if not folder.is_dir():
+            partial = folder.with_name(f".{folder.name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+            bucket.get(found, partial)
+            if missing := [name for name in found if not (partial / name).is_file()]:
+                raise FileNotFoundError(f"{bucket.url}/{missing[0]}")
+            partial.rename(folder)
+    return folder
+
+
+def _split(url: str) -> tuple[str, str]:
+    """(URL of the folder to look in, the rest): what stands before the first glob sign, or before the last name."""
+    scheme, _, rest = url.partition("://")
+    parts = rest.strip("/").split("/")
+    first = next((i for i, part in enumerate(parts) if any(sign in part for sign in _GLOB)), len(parts) - 1)
+    return f"{scheme}://{'/'.join(parts[: max(first, 1)])}", "/".join(parts[max(first, 1) :])
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """As `glob`: `*` stays within a folder, `**` does not."""
+    if "**" in pattern:
+        return fnmatch.fnmatchcase(name, pattern.replace("**/", "*"))
+    parts, wanted = name.split("/"), pattern.split("/")
+    return len(parts) == len(wanted) and all(map(fnmatch.fnmatchcase, parts, wanted))
