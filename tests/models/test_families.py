@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from itune.models.families import FAMILIES
+from itune.models.families.common import Fields
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "check_families.py"
 # test_parity.py has five more configurations of the first four; gemma2 and olmo3 meet what gemma and olmo2 do
@@ -42,3 +43,11 @@ def test_the_page_lists_every_family():
     page = (SCRIPT.parents[1] / "docs" / "models.md").read_text()
     for family in FAMILIES:
         assert f"\n| {family} | " in page, f"run scripts/check_families.py --out docs/models.md: no row for {family}"
+
+
+def test_qwen3_moe_whose_every_layer_is_dense_is_written_and_read_back():
+    module = FAMILIES["qwen3_moe"]
+    fields = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+              "num_attention_heads": 4, "mlp_only_layers": [0, 1]}
+    config = module.config_from_hf(Fields(fields, "given"))
+    assert module.config_from_hf(Fields(module.config_to_hf(config), "written")) == config

@@ -49,14 +49,17 @@ def config_from_hf(hf: Fields) -> ModelConfig:
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     dense = [i for i, kind in enumerate(config.kinds) if kind.experts is None]
-    experts = next(kind.experts for kind in config.kinds if kind.experts is not None)
-    return write_shared(config, "qwen3_moe", "Qwen3MoeForCausalLM") | {
-        "use_sliding_window": config.kinds[0].window is not None,
-        "sliding_window": config.kinds[0].window,
+    experts = next((kind.experts for kind in config.kinds if kind.experts is not None), None)
+    switches = {} if experts is None else {  # every layer dense: nothing to say of experts
         "num_experts": experts.count,
         "num_experts_per_tok": experts.chosen,
         "moe_intermediate_size": experts.width,
         "norm_topk_prob": experts.normalise,
+    }
+    return write_shared(config, "qwen3_moe", "Qwen3MoeForCausalLM") | {
+        "use_sliding_window": config.kinds[0].window is not None,
+        "sliding_window": config.kinds[0].window,
+        **switches,
         "decoder_sparse_step": 1,
         "mlp_only_layers": dense,
         "attention_bias": config.qkv_bias,
