@@ -129,7 +129,7 @@ class SupervisedRun:
         """One line: which host ended how, after which step, and which process of the job was given up."""
         how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
         line = f"the run on host {socket.gethostname()} ended {how}; last finished step: {max(self.step, 0)}"
-        lost = {int(found[1]) for text in self.said if (found := _LOST.search(text))}
+        lost = _lost_processes("".join(self.said))
         own = os.environ.get("ITUNE_PROCESS_ID", "")
         names = [f"process {index} ({self.hosts[index] if index < len(self.hosts) else 'host unknown'})"
                  for index in sorted(lost) if str(index) != own]
@@ -189,8 +189,15 @@ def _read(path: Path) -> Any:
         return None
 
 
-# "Task 1 heartbeat timeout" of jax 0.10, "/job:jax_worker/replica:0/task:1" of other releases
+# "Task 1 heartbeat timeout" or "/job:jax_worker/replica:0/task:1 ..."; or a list below a line, which one depends on
+# who noticed first
 _LOST = re.compile(r"task[: ](\d+)\b.{0,200}(?:heartbeat|unhealthy|died|disconnected|unavailable)", re.IGNORECASE)
+_LOST_LIST = re.compile(r"tasks are unhealthy[^\n]*:\n((?:\d+\n)+)")
+
+
+def _lost_processes(said: str) -> set[int]:
+    listed = (int(number) for found in _LOST_LIST.finditer(said) for number in found[1].split())
+    return {*(int(found[1]) for found in _LOST.finditer(said)), *listed}
 
 
 def _is_stopped(pid: int) -> bool:

@@ -103,10 +103,14 @@ def test_run_is_told_when_its_supervisor_dies(tmp_path):
     assert done.returncode == -9 and told.read_text() == "SIGTERM"
 
 
-def test_lost_process_is_named_by_its_host(monkeypatch, capfd):
+@pytest.mark.parametrize("line", [
+    "task is set to ERROR: UNAVAILABLE: Task 1 heartbeat timeout. This indicates that the remote task has failed",
+    "coordination_service.cc:1549] UNAVAILABLE: The following tasks are unhealthy (stopped sending heartbeats):\n1\n"
+    "The tasks have crashed. Check the task logs for an earlier error",
+])
+def test_lost_process_is_named_by_its_host(monkeypatch, capfd, line):
     monkeypatch.setenv("ITUNE_NUM_PROCESSES", "2")
     monkeypatch.setenv("ITUNE_PROCESS_ID", "0")
-    line = "task is set to ERROR: UNAVAILABLE: Task 1 heartbeat timeout. This indicates that the remote task has failed"
     assert run(f"mark('hosts', 'left,right'); print({line!r}, file=sys.stderr); os.abort()") == 1
     assert "gone or silent for more than 100 s: process 1 (right)" in capfd.readouterr().err
 
