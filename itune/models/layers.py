@@ -69,8 +69,7 @@ def linear(x: jax.Array, kernel_OI: jax.Array, dtype: Any, out_dtype: Any = None
     In a dtype narrower than float32 the gradients come out in the dtypes of `x` and `kernel_OI` without being rounded
     to `dtype` on the way: the kernel's partial sums travel between devices in the kernel's dtype (contract 3).
     """
-    names = jnp.dtype(dtype).name, jnp.dtype(out_dtype or dtype).name
-    return _product(x, kernel_OI, *names) if names[0] == "float32" else _rounded_product(names, x, kernel_OI)
+    return _linear((jnp.dtype(dtype).name, jnp.dtype(out_dtype or dtype).name), x, kernel_OI)
 
 
 def _product(x: jax.Array, kernel_OI: jax.Array, dtype: str, out_dtype: str) -> jax.Array:
@@ -85,7 +84,7 @@ def _product(x: jax.Array, kernel_OI: jax.Array, dtype: str, out_dtype: str) -> 
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _rounded_product(names: tuple[str, str], x: jax.Array, kernel_OI: jax.Array) -> jax.Array:
+def _linear(names: tuple[str, str], x: jax.Array, kernel_OI: jax.Array) -> jax.Array:
     return _product(x, _rounded_here(kernel_OI, names[0]), *names)
 
 
@@ -100,25 +99,44 @@ def _rounded_here(kernel_OI: jax.Array, dtype: str) -> jax.Array:
     return jax.lax.reduce_precision(kernel_OI, exponent_bits=8, mantissa_bits=7)
 
 
-def _rounded_forward(names: tuple[str, str], x: jax.Array, kernel_OI: jax.Array) -> Any:
-    return _rounded_product(names, x, kernel_OI), (x, kernel_OI)
+def _forward(names: tuple[str, str], x: jax.Array, kernel_OI: jax.Array) -> Any:
+    return _linear(names, x, kernel_OI), (x, kernel_OI)
 
 
-def _rounded_backward(names: tuple[str, str], operands: Any, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _backward(names: tuple[str, str], operands: Any, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Both products take operands of the compute dtype: left to itself, a float32 cotangent would make them float32."""
     x, kernel_OI = operands[0], _rounded_here(operands[1], names[0])
     cotangent = cotangent.astype(names[0])
-    over = tuple(range(x.ndim - 1))
     dx = jax.lax.dot_general(
-        cotangent, kernel_OI.astype(names[0]), (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=x.dtype
-    )
-    dkernel_OI = jax.lax.dot_general(
-        cotangent, x.astype(names[0]), ((over, over), ((), ())), preferred_element_type=kernel_OI.dtype
+        cotangent, kernel_OI.astype(names[0]), (((x.ndim - 1,), (0,)), ((), ())),
+        precision=precision(names[0]), preferred_element_type=x.dtype,
+    )  # fmt: skip
+    product = functools.partial(_sum_over_rows, precision=precision(names[0]), dtype=kernel_OI.dtype)
+    dkernel_OI = jax.lax.platform_dependent(
+        cotangent, x.astype(names[0]), cpu=functools.partial(_narrow_first, product), default=product
     )
     return dx, dkernel_OI
 
 
-_rounded_product.defvjp(_rounded_forward, _rounded_backward)
+def _sum_over_rows(a: jax.Array, b: jax.Array, precision: jax.lax.Precision, dtype: Any) -> jax.Array:
+    """a (..., A) and b (..., B) -> (A, B), summed over all leading axes."""
+    over = tuple(range(a.ndim - 1))
+    return jax.lax.dot_general(a, b, ((over, over), ((), ())), precision=precision, preferred_element_type=dtype)
+
+
+def _narrow_first(product: Any, a: jax.Array, b: jax.Array) -> jax.Array:
+    """The same product with the narrower operand first, where turning the result costs little against turning that.
+
+    XLA transposes the first operand of such a product on a CPU, and forms what it is made of a second time, in
+    strides: a gated activation took as long as its products. The barrier keeps it from turning the product back.
+    """
+    rows = math.prod(a.shape[:-1])
+    if a.shape[-1] < b.shape[-1] or 4 * b.shape[-1] > rows:
+        return product(a, b)
+    return jax.lax.optimization_barrier(product(b, a)).T
+
+
+_linear.defvjp(_forward, _backward)
 
 
 class Dense(nn.Module):
