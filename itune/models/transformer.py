@@ -21,12 +21,17 @@ from itune.types import InputError
 def keep_products(primitive: Any, *inputs: Any, **params: Any) -> Any:
     """Keep matrix products and what attention kernels put out.
 
-    Seen to spare cuDNN's second forward pass; the Pallas kernel for GPUs ran as often as without it (jax 0.11.2).
+    A function with a derivative of its own is asked of as a whole: `linear` is one, whose backward pass needs its
+    inputs only. A kernel inside such a function runs again, since its backward pass needs more than its output (seen
+    with Pallas on GPUs, jax 0.11.2); cuDNN's second forward pass is spared.
     """
+    if primitive.name == "custom_vjp_call":
+        return any(_PRODUCTS(inner.primitive, **inner.params) for inner in params["call_jaxpr"].eqns)
     kernel = primitive.name == "pallas_call" or primitive.name.startswith("dot_product_attention_fwd")
-    return kernel or jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *inputs, **params)
+    return kernel or _PRODUCTS(primitive, *inputs, **params)
 
 
+_PRODUCTS: Any = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 REMAT_POLICIES = {"full": None, "dots": keep_products}
 
 
