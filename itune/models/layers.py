@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_derivatives import SymbolicZero
 
 from itune.models.architecture import ModelConfig, Rope
 from itune.types import InputError
@@ -69,7 +70,15 @@ def linear(x: jax.Array, kernel_OI: jax.Array, dtype: Any, out_dtype: Any = None
     In a dtype narrower than float32 the gradients come out in the dtypes of `x` and `kernel_OI` without being rounded
     to `dtype` on the way: the kernel's partial sums travel between devices in the kernel's dtype (contract 3).
     """
-    return _linear((jnp.dtype(dtype).name, jnp.dtype(out_dtype or dtype).name), x, kernel_OI)
+    dtypes = _Dtypes(*(jnp.dtype(d).name for d in (dtype, out_dtype or dtype, x.dtype, kernel_OI.dtype)))
+    return _linear(dtypes, x, kernel_OI)
+
+
+class _Dtypes(NamedTuple):
+    compute: str
+    out: str
+    x: str
+    kernel: str
 
 
 def _product(x: jax.Array, kernel_OI: jax.Array, dtype: str, out_dtype: str) -> jax.Array:
@@ -84,8 +93,8 @@ def _product(x: jax.Array, kernel_OI: jax.Array, dtype: str, out_dtype: str) -> 
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _linear(names: tuple[str, str], x: jax.Array, kernel_OI: jax.Array) -> jax.Array:
-    return _product(x, _rounded_here(kernel_OI, names[0]), *names)
+def _linear(dtypes: _Dtypes, x: jax.Array, kernel_OI: jax.Array) -> jax.Array:
+    return _product(x, _rounded_here(kernel_OI, dtypes.compute), dtypes.compute, dtypes.out)
 
 
 def _rounded_here(kernel_OI: jax.Array, dtype: str) -> jax.Array:
@@ -99,22 +108,30 @@ def _rounded_here(kernel_OI: jax.Array, dtype: str) -> jax.Array:
     return jax.lax.reduce_precision(kernel_OI, exponent_bits=8, mantissa_bits=7)
 
 
-def _forward(names: tuple[str, str], x: jax.Array, kernel_OI: jax.Array) -> Any:
-    return _linear(names, x, kernel_OI), (x, kernel_OI)
+def _forward(dtypes: _Dtypes, x: Any, kernel_OI: Any) -> Any:
+    """Keeps what the backward pass takes: a frozen kernel asks for no x, an x that needs no gradient for no kernel."""
+    kept = x.value if kernel_OI.perturbed else None, kernel_OI.value if x.perturbed else None
+    return _linear(dtypes, x.value, kernel_OI.value), kept
 
 
-def _backward(names: tuple[str, str], operands: Any, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _backward(dtypes: _Dtypes, kept: Any, cotangent: Any) -> tuple[jax.Array | None, jax.Array | None]:
     """Both products take operands of the compute dtype: left to itself, a float32 cotangent would make them float32."""
-    x, kernel_OI = operands[0], _rounded_here(operands[1], names[0])
-    cotangent = cotangent.astype(names[0])
-    dx = jax.lax.dot_general(
-        cotangent, kernel_OI.astype(names[0]), (((x.ndim - 1,), (0,)), ((), ())),
-        precision=precision(names[0]), preferred_element_type=x.dtype,
-    )  # fmt: skip
-    product = functools.partial(_sum_over_rows, precision=precision(names[0]), dtype=kernel_OI.dtype)
-    dkernel_OI = jax.lax.platform_dependent(
-        cotangent, x.astype(names[0]), cpu=functools.partial(_narrow_first, product), default=product
-    )
+    if isinstance(cotangent, SymbolicZero):
+        return None, None
+    x, kernel_OI = kept
+    cotangent = cotangent.astype(dtypes.compute)
+    dx = dkernel_OI = None
+    if kernel_OI is not None:
+        dx = jax.lax.dot_general(
+            cotangent, _rounded_here(kernel_OI, dtypes.compute).astype(dtypes.compute),
+            (((cotangent.ndim - 1,), (0,)), ((), ())), precision=precision(dtypes.compute),
+            preferred_element_type=dtypes.x,
+        )  # fmt: skip
+    if x is not None:
+        product = functools.partial(_sum_over_rows, precision=precision(dtypes.compute), dtype=dtypes.kernel)
+        dkernel_OI = jax.lax.platform_dependent(
+            cotangent, x.astype(dtypes.compute), cpu=functools.partial(_narrow_first, product), default=product
+        )
     return dx, dkernel_OI
 
 
@@ -136,7 +153,7 @@ def _narrow_first(product: Any, a: jax.Array, b: jax.Array) -> jax.Array:
     return jax.lax.optimization_barrier(product(b, a)).T
 
 
-_linear.defvjp(_forward, _backward)
+_linear.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 class Dense(nn.Module):
