@@ -18,6 +18,7 @@ from itune.models.model import Model
 from itune.models.unrolled import unroll, unroll_cache, unroll_params
 from itune.sharding import constrain, replicated, rows_divisor
 from itune.types import InputError
+from itune.xla import options
 
 SHORTEST = 16  # slots: prompts are padded to this or a larger power of two
 
@@ -155,7 +156,7 @@ def prefill(
         segments_BL[row, length - len(prompt) :] = 1
     seeds_B = np.zeros(rows, np.uint32)
     seeds_B[: len(indices)] = indices
-    return _prefill(
+    return _jitted_prefill()(
         model, new_tokens, sampling.greedy, sampling.nucleus, params, tokens_BL, segments_BL, np.uint32(seed), seeds_B,
         sampling[2:],
     )
@@ -173,7 +174,11 @@ def read(state: State) -> list[Generated]:
     return [Generated(row[:n], bool(stopped)) for row, n, stopped in zip(out_BT, lengths_B, stopped_B, strict=True)]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@functools.cache
+def _jitted_prefill() -> Any:
+    return jax.jit(_prefill, static_argnums=(0, 1, 2, 3), compiler_options=options(jax.devices()[0]))
+
+
 def _prefill(model, new_tokens, greedy, nucleus, params, tokens_BL, segments_BL, seed, seeds_B, settings):
     rows, length = tokens_BL.shape
     tokens_BL, segments_BL = (constrain(x, model.mesh, ("batch", None)) for x in (tokens_BL, segments_BL))

@@ -138,6 +138,7 @@ class Run:
             self.judge.resume(self.done)
             self.stalled = self.judge.stalled()
             self.store.set_aside_after(saved.step)
+            self.store.retain()  # a killed run may not have got to it
             self.metrics = next((r for r in reversed(logged) if r["step"] <= self.done), {})
             if (self.stalled or self.done == self.total) and not self.judge.waiting(self.done):
                 return self._finished_before()
@@ -151,14 +152,12 @@ class Run:
         if warning := self.store.space_warning(saved_part):
             self.log(warning)
         self.record.write_facts(data.dataset, self.config.data)
-        state, compiled = self._start_state(resumed=saved is not None)
         if self.first:
             log = self.config.log
             cut_back(self.workdir, self.done if saved else -1)
             self.writers = Writers(self.workdir, resumed_step=self.done, tensorboard=log.tensorboard, wandb=log.wandb,
                                    config=self.record.config)
-        if self.judge.due(self.done):
-            self._evaluate(state)
+        state, compiled = self._start_state(resumed=saved is not None)
         state, stopped = self._steps(state, compiled)
         self.progress.close()
         if not stopped:
@@ -166,11 +165,13 @@ class Run:
         return self._finish()
 
     def _start_state(self, resumed: bool) -> tuple[Any, Any]:
-        """The state to go on from and the compiled step; compilation runs beside the reading of weights."""
+        """The state to go on from and the compiled step; it compiles while weights are read and the base is judged."""
         plan = self.plan
+        def compiled() -> Any:
+            with self._timed("compile"):
+                return plan.step.lower(plan.state, plan.batch).compile()
         with ThreadPoolExecutor(1) as pool:
-            begun = time.monotonic()
-            compiling = pool.submit(lambda: plan.step.lower(plan.state, plan.batch).compile())
+            compiling = pool.submit(compiled)
             with self._timed("weights"):
                 if resumed:
                     state = resumed_state(plan, self.store, self.done, self.data.tokenizer, self.log)
@@ -179,12 +180,13 @@ class Run:
                     state = first_state(plan, self.data.tokenizer, self.log)
                     jax.block_until_ready(state)
                 self.frozen = frozen_digest(state.frozen)
-            compiled = compiling.result()
-            self.seconds["compile"] = time.monotonic() - begun
+            if self.judge.due(self.done):
+                self._evaluate(state)
+            step = compiling.result()
         distributed.meet("compiled")
         if jax.process_count() > 1:
             mark("hosts", ",".join(distributed.hosts()))
-        return state, compiled
+        return state, step
 
     def _steps(self, state: Any, compiled: Any) -> tuple[Any, bool]:
         """Train from `done` to `total`. Nothing here waits for the device but the metrics of the step before."""

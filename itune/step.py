@@ -15,6 +15,7 @@ from itune.rounding import round_tree
 from itune.sharding import batch_sharding, replicated, rows_divisor, spec, tree_shardings
 from itune.spikes import judge
 from itune.types import Batch, InputError, TrainState
+from itune.xla import options
 
 Metrics = dict[str, Any]
 _ROUNDING = 0x726F756E  # the stream of random bits of stochastic rounding: no micro-batch has this number
@@ -97,7 +98,10 @@ class TrainStep:
             return self._function
         if self._jitted is None:
             shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-            self._jitted = jax.jit(self._function, donate_argnums=0, out_shardings=(shardings, None))
+            device = next(iter(shardings.step.device_set))
+            self._jitted = jax.jit(
+                self._function, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options(device)
+            )
         return self._jitted
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -255,4 +259,4 @@ def make_eval_step(objective: Objective, mesh: Mesh) -> Any:
         batch = Batch(*(jax.lax.with_sharding_constraint(array, batch_sharding(mesh)) for array in batch))
         return objective.per_token(trainable, frozen, batch)
 
-    return jax.jit(eval_step, out_shardings=replicated(mesh))
+    return jax.jit(eval_step, out_shardings=replicated(mesh), compiler_options=options(mesh.devices.flat[0]))

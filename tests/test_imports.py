@@ -18,7 +18,7 @@ FLOORS = [
     ("step",),
     ("objectives", "optim", "decode", "flops", "tuning", "spikes"),
     ("models", "data"),
-    ("sharding", "config", "data_section", "writers", "rounding", "storage"),
+    ("sharding", "config", "data_section", "writers", "rounding", "storage", "xla"),
     ("types",),
 ]
 FLOOR_OF = {name: len(FLOORS) - index for index, names in enumerate(FLOORS) for name in names}

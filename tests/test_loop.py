@@ -258,6 +258,14 @@ def test_resume_on_another_mesh_is_allowed_and_close(inputs, whole, copy, capsys
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
 
 
+def test_checkpoints_that_a_killed_run_left_over_go_with_the_next_start(inputs, copy):
+    """Killed between the commit and the retention of its last checkpoint, the run was finished: one too many stayed."""
+    kept = copy / "checkpoints"
+    shutil.copytree(kept / "4", kept / "3")
+    assert train(settings(inputs), copy).step == STEPS
+    assert sorted(int(path.name) for path in kept.iterdir()) == [4, 8, 12]
+
+
 def test_finished_run_stays_and_can_be_extended(inputs, whole, copy, capsys):
     before = (copy / "metrics.jsonl").read_text()
     again = train(settings(inputs), copy)
