@@ -211,7 +211,7 @@ def _advance(model, greedy, nucleus, params, state, settings, limit):
         hidden_B1D, cache = model.hidden_with_cache(params, state.last_B[:, None], positions_B1, state.cache)
         return _draw(model, greedy, nucleus, params, state._replace(cache=cache), hidden_B1D[:, 0], settings)
 
-    return jax.lax.while_loop(unfinished, step, state)
+    return _seen_by_all(model, jax.lax.while_loop(unfinished, step, state))
 
 
 def _draw(model, greedy, nucleus, params, state, hidden_BD, settings):
@@ -231,13 +231,22 @@ def _draw(model, greedy, nucleus, params, state, hidden_BD, settings):
     full_B = positions_B + 1 >= model.config.max_length
     out_BT = jax.lax.dynamic_update_slice_in_dim(state.out_BT, shown_B[:, None], state.count, axis=1)
     stopped_B, done_B = state.stopped_B | (~state.done_B & stop_B), state.done_B | stop_B | full_B
-    if model.mesh is not None:  # every process reads the result and decides alike when to end
-        whole = replicated(model.mesh)
-        out_BT, stopped_B, done_B = (jax.lax.with_sharding_constraint(x, whole) for x in (out_BT, stopped_B, done_B))
-    return state._replace(
+    return _seen_by_all(model, state._replace(
         last_B=jnp.maximum(shown_B, 0), positions_B=positions_B, done_B=done_B, stopped_B=stopped_B, out_BT=out_BT,
         count=state.count + 1,
-    )
+    ))
+
+
+def _seen_by_all(model: Model, state: State) -> State:
+    """The state with what is read of it whole on every device: every process reads it and decides alike when to end.
+
+    XLA is free to cut what a loop carries otherwise, so that this must be said of the loop's result too.
+    """
+    if model.mesh is None:
+        return state
+    whole = replicated(model.mesh)
+    read = {name: getattr(state, name) for name in ("out_BT", "stopped_B", "done_B", "count")}
+    return state._replace(**{name: jax.lax.with_sharding_constraint(x, whole) for name, x in read.items()})
 
 
 def _nucleus(logits_BV: jax.Array, top_p: jax.Array) -> jax.Array:

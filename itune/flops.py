@@ -59,19 +59,19 @@ def batch_pairs(config: Any, batch: Any) -> dict[int | None, int]:
     return {w: visible_pairs(batch.positions_BL, batch.segment_ids_BL, w) for w in dict.fromkeys(windows(config))}
 
 
-def forward_flops(config: Any, tokens: int, pairs: Mapping[int | None, int]) -> float:
+def forward_flops(config: Any, tokens: int, pairs: Mapping[int | None, float]) -> float:
     """FLOPs of one forward pass over `tokens` real tokens with `pairs` visible pairs by window."""
     attention = sum(4.0 * config.num_heads * config.head_dim * pairs[window] for window in windows(config))
     return 2.0 * matrix_parameters(config) * tokens + attention
 
 
-def train_flops(config: Any, tokens: int, pairs: Mapping[int | None, int]) -> float:
+def train_flops(config: Any, tokens: int, pairs: Mapping[int | None, float]) -> float:
     """FLOPs of forward and backward, all parameters trained."""
     return 3.0 * forward_flops(config, tokens, pairs)
 
 
 def partial_train_flops(
-    config: Any, tokens: int, pairs: Mapping[int | None, int], trained: float, added: float = 0.0
+    config: Any, tokens: int, pairs: Mapping[int | None, float], trained: float, added: float = 0.0
 ) -> float:
     """FLOPs of forward and backward where only some matrices train: no gradient of the others is formed.
 

@@ -191,9 +191,10 @@ class Run:
     def _steps(self, state: Any, compiled: Any) -> tuple[Any, bool]:
         """Train from `done` to `total`. Nothing here waits for the device but the metrics of the step before."""
         agreement = distributed.Agreement(self.plan.mesh)
-        meter = Meter(self.plan.model.config, jax.device_count(), jax.devices()[0].device_kind, jax.process_count(),
-                      self.plan.tuning.train_flops())
-        batches = self.data.loader.iterate(self.done, rows=local_rows(self.plan.mesh, self.plan.batch))
+        rows, own = self.config.train.batch_size, local_rows(self.plan.mesh, self.plan.batch)
+        meter = Meter(self.plan.model.config, jax.device_count(), jax.devices()[0].device_kind,
+                      rows / (own[1] - own[0]), self.plan.tuning.train_flops())
+        batches = self.data.loader.iterate(self.done, rows=own)
         waiting: collections.deque[tuple[int, Any]] = collections.deque()
         self.progress.begin(self.total, self.done)
         meter.restart()
@@ -201,7 +202,7 @@ class Run:
         asked, self.saved_at = agreement.exchange(self._wish()), time.monotonic()
         stopped = asked == _STOP
         with contextlib.closing(batches), self.profiler, watchdog:
-            fed = feed(meter.count(batches), self.plan.mesh)
+            fed = feed(meter.count(batches), self.plan.mesh, first_row=own[0], rows=rows)
             for step, batch in () if stopped or self.stalled else self.profiler.watch(fed):
                 if self.profiler.due(step):
                     self._read(waiting, meter, keep=0)

@@ -98,20 +98,20 @@ class Meter:
     """Tokens a second and MFU since the last restart. Real tokens: padding is not counted."""
 
     def __init__(
-        self, model: Any, devices: int, device_kind: str, processes: int = 1, train_flops: Any = flops.train_flops
+        self, model: Any, devices: int, device_kind: str, share: float = 1, train_flops: Any = flops.train_flops
     ) -> None:
-        """`model` is a ModelConfig; `devices` and `processes` are those of the whole job."""
-        self.model, self.processes, self.train_flops = model, processes, train_flops
+        """`model` is a ModelConfig; `devices` are those of the whole job; `share`: its rows over those counted here."""
+        self.model, self.share, self.train_flops = model, share, train_flops
         peak = flops.peak_flops(device_kind)
         self.peak = peak * devices if peak else None
-        self._pairs: dict[int, dict[int | None, int]] = {}
+        self._pairs: dict[int, dict[int | None, float]] = {}
         self.restart()
 
     def count(self, batches: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
-        """Pass host batches through, noting each one's (query, key) pairs; other processes count as equal."""
+        """Pass host batches through, noting each one's (query, key) pairs; rows of other processes count as equal."""
         for step, batch in batches:
             pairs = flops.batch_pairs(self.model, batch)
-            self._pairs[step + 1] = {window: n * self.processes for window, n in pairs.items()}
+            self._pairs[step + 1] = {window: n * self.share for window, n in pairs.items()}
             yield step, batch
 
     def add(self, step: int, values: Mapping[str, Any]) -> None:

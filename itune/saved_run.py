@@ -77,6 +77,7 @@ class Judged:
     dataset: Any
 
 
+@distributed.joined()
 def evaluate_saved(
     config: Config, *, workdir: str | None = None, step: int | None = None, model_folder: str | None = None,
     out: str | None = None, base: bool = False,
@@ -88,7 +89,6 @@ def evaluate_saved(
     same mesh and the same questions (its items go to `out/base`), and the two are compared in pairs: `paired.json`.
     Without it a run's evaluation of step 0, where there is one, is what a later step is compared with.
     """
-    distributed.start()
     use_compilation_cache()
     mesh = make_mesh(dataclasses.asdict(config.mesh))
     if base and not config.model.path:

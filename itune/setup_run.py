@@ -185,7 +185,7 @@ def check_resume(workdir: Path, saved: Any, config: Config, data: Data | None, l
 
 
 def local_rows(mesh: Mesh, batch: Batch) -> tuple[int, int]:
-    """The rows [start, stop) of the global batch that this process's devices hold."""
+    """The rows [start, stop) of the global batch that this process's devices hold, with any that lie between them."""
     shape = batch.tokens_BL.shape
     slices = [index[0].indices(shape[0]) for index in
               batch_sharding(mesh).addressable_devices_indices_map(shape).values() if index is not None]

@@ -44,7 +44,7 @@ def start(plan):
 def record_batches(path):
     feed = itune.loop.feed
 
-    def recording(batches, mesh):
+    def recording(batches, mesh, **rows):
         def told():
             with open(path, "a") as stream:
                 for step, batch in batches:
@@ -54,7 +54,7 @@ def record_batches(path):
                     stream.flush()
                     yield step, batch
 
-        return feed(told(), mesh)
+        return feed(told(), mesh, **rows)
 
     itune.loop.feed = recording
 

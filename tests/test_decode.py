@@ -64,6 +64,11 @@ def test_greedy_on_a_mesh_is_the_same(judge, loaded, prompts, tmp_path):
     on_one = decode.generate_ids(*loaded, prompts[:3], max_new_tokens=NEW, batch_size=4)
     on_eight = decode.generate_ids(*sharded, prompts[:3], max_new_tokens=NEW, batch_size=3)
     assert [a.ids.tolist() for a in on_eight] == [a.ids.tolist() for a in on_one]
+    sampling = decode.make_sampling(0.0, 1.0, [])
+    state = decode.prefill(*sharded, prompts[:3], range(3), sampling, NEW, 0, 4)
+    state = decode.advance(*sharded, state, sampling, NEW)
+    for name in ("out_BT", "stopped_B", "done_B", "count"):  # what several processes read must be whole on each
+        assert getattr(state, name).sharding.is_fully_replicated, name
 
 
 def test_any_stop_token_ends_a_row_and_is_left_out(loaded, prompts):

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from itune.feed import feed
+from itune.feed import feed, to_device
 from itune.sharding import batch_sharding, make_mesh
 from itune.types import Batch
 
@@ -38,3 +38,26 @@ def test_an_error_of_the_source_reaches_the_reader():
 
     with pytest.raises(ValueError, match="line 7"):
         list(feed(source(), make_mesh({}, jax.devices()[:1])))
+
+
+@pytest.mark.parametrize("first", [0, 2])
+def test_the_rows_of_one_of_several_processes_find_their_places(monkeypatch, first):
+    """Placed by where they begin in the global batch; the length may be divided too."""
+    sharding = batch_sharding(mesh := make_mesh({"fsdp": 4, "context": 2}))
+    whole = np.arange(32, dtype=np.int32).reshape(8, 4)
+    here = [device for device, (rows, _) in sharding.devices_indices_map((8, 4)).items() if rows.start in range(2, 6)]
+    asked = []
+
+    def only_here(shape, sharding, part):  # as jax does it for the devices of this process
+        indices = sharding.devices_indices_map(shape)
+        asked.extend((indices[device], part(indices[device])) for device in (here if first else indices))
+        return shape
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "make_array_from_callback", only_here)
+    own = whole[2:6] if first else whole
+    batch = to_device(Batch(own, own, own, own, own), mesh, first, 8)
+    assert tuple(batch) == ((8, 4),) * 5 and len(asked) == (20 if first else 40)
+    for index, part in asked:
+        np.testing.assert_array_equal(part, whole[index])
+        assert part.shape == (2, 2)

@@ -317,7 +317,7 @@ def test_loss_that_is_not_finite_ends_the_run_and_is_never_saved(inputs, tmp_pat
 
 def poison(monkeypatch, *steps):
     """The batches of these steps (counted from 1) get one endless weight, in one row: on one shard of 8."""
-    def poisoned(batches, mesh):
+    def poisoned(batches, mesh, **rows):
         def told():
             for step, batch in batches:
                 if step + 1 in steps:
@@ -326,7 +326,7 @@ def poison(monkeypatch, *steps):
                     batch = batch._replace(loss_weights_BL=weights_BL)
                 yield step, batch
 
-        return feed(told(), mesh)
+        return feed(told(), mesh, **rows)
 
     monkeypatch.setattr("itune.loop.feed", poisoned)
 

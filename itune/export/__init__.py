@@ -25,6 +25,7 @@ from itune.export.record import commit_of, run_record
 from itune.models import Model, forward, load_model, save_pretrained
 from itune.models.hf.files import find_folder
 from itune.models.peft import read_adapter, write_adapter
+from itune.runtime import distributed
 from itune.sharding import make_mesh
 from itune.types import InputError, RunError
 
@@ -102,6 +103,7 @@ def export_pretrained(
     return report
 
 
+@distributed.joined()
 def export_run(
     workdir: str | os.PathLike,
     out: str | os.PathLike,
@@ -149,6 +151,7 @@ def merged(model: Model, tuning: Any, trainable: Any, frozen: Any, dtype: str | 
     return model, whole, float(difference)
 
 
+@distributed.joined()
 def export_adapter(
     workdir: str | os.PathLike, out: str | os.PathLike, step: int | None = None, log: Callable[[str], None] = print
 ) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
@@ -83,10 +83,40 @@ def collectives(text: str, unknown_trips: int = 1) -> list[Collective]:
     return list(seen.values())
 
 
-def moved(text: str, unknown_trips: int = 1) -> dict[str, float]:
+def between_slices(text: str, unknown_trips: int = 1) -> list[Collective]:
+    """Every collective between TPU slices: libtpu hands them to the hosts' network, as a pair of send and recv.
+
+    `group` is the number of slices, `source` the name of the collective that it was. A collective over all devices
+    becomes one of these and one inside each slice, which `collectives` finds.
+    """
+    bodies = computations(text)
+    found = []
+    for name, times in _reached(bodies, unknown_trips).items():
+        for instruction in bodies[name]:
+            handed = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.rest)
+            if instruction.operation != "recv" or not handed:
+                continue
+            kind, group = handed[1].lower().replace("_", "-"), _slices(instruction.rest)
+            dtype, dims = next(arrays(instruction.shape))  # behind it stand flags
+            received = _received(kind, float(_BYTES[dtype] * math.prod(dims)), group)
+            was = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', instruction.rest)
+            shape = f"{dtype}[{','.join(map(str, dims))}]"
+            found.append(Collective(kind, shape, group, times, received, was[1] if was else ""))
+    return found
+
+
+def _slices(rest: str) -> int:
+    """Slices that take part: {1,2}x{0:3}, or {{100000,...,200003}}, where a device's number begins with its slice's."""
+    if several := re.search(r'_xla_megascale_target="\{([\d,]+)\}x', rest):
+        return len(several[1].split(","))
+    listed = re.search(r"_xla_megascale_target=\{\{([\d,]+)\}", rest)
+    return len({int(device) // 100_000 for device in listed[1].split(",")}) if listed else 0
+
+
+def moved(found: Iterable[Collective]) -> dict[str, float]:
     """Kind -> bytes that one device receives a step."""
     total: dict[str, float] = collections.defaultdict(float)
-    for collective in collectives(text, unknown_trips):
+    for collective in found:
         total[collective.kind] += collective.bytes
     return dict(total)
 
@@ -105,15 +135,19 @@ def _collective(kind: str, instruction: Instruction, times: float, computation: 
         sizes = sizes[1:2]  # (operand, result, two flags)
     elif started and kind == "all-gather":
         sizes = sizes[len(sizes) // 2 :]
-    group = _group(instruction.rest)
-    size, share = float(sum(sizes)), (group - 1) / group if group else 1.0
+    group, size = _group(instruction.rest), float(sum(sizes))
     source = re.search(r'op_name="([^"]*)"', instruction.rest)
-    if kind == "all-reduce" and "all-reduce-scatter" in computation:  # a fusion of sum and slice
-        kind = "reduce-scatter"
-    factor = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(kind, share)
-    if kind == "reduce-scatter" and instruction.operation.startswith("reduce-scatter"):
-        factor = float(group - 1)  # the result is one part of what travels
-    return Collective(kind, instruction.shape, group, times, size * factor, source[1] if source else "")
+    if kind == "all-reduce" and "all-reduce-scatter" in computation:  # a fusion of sum and slice: its result is whole
+        kind, size = "reduce-scatter", size / max(group, 1)
+    received = _received(kind, size, group)
+    return Collective(kind, instruction.shape, group, times, received, source[1] if source else "")
+
+
+def _received(kind: str, size: float, group: int) -> float:
+    """Bytes that one of a group receives of a collective whose result has `size` bytes on each."""
+    share = (group - 1) / group if group else 1.0
+    factors = {"all-reduce": 2 * share, "collective-permute": 1.0, "reduce-scatter": float(max(group - 1, 1))}
+    return size * factors.get(kind, share)
 
 
 def _group(rest: str) -> int:
@@ -135,7 +169,7 @@ def _reached(bodies: dict[str, list[Instruction]], unknown_trips: int) -> dict[s
     def visit(name: str, count: float) -> None:
         times[name] += count
         for instruction in bodies.get(name, ()):
-            trips = _trips(bodies, instruction.rest, unknown_trips) if instruction.operation == "while" else 1
+            trips = _trips(bodies, name, instruction, unknown_trips) if instruction.operation == "while" else 1
             for one, several in _CALLED.findall(instruction.rest):
                 for called in (one,) if one else re.findall(r"[\w.\-]+", several):
                     if called in bodies:
@@ -145,9 +179,9 @@ def _reached(bodies: dict[str, list[Instruction]], unknown_trips: int) -> dict[s
     return {name: count for name, count in times.items() if name in bodies}
 
 
-def _trips(bodies: dict[str, list[Instruction]], rest: str, unknown: int) -> int:
-    """Trip count of a while loop that counts from 0 to a constant by a constant step."""
-    condition, body = (re.search(rf"{part}=%?([\w.\-]+)", rest) for part in ("condition", "body"))
+def _trips(bodies: dict[str, list[Instruction]], where: str, loop: Instruction, unknown: int) -> int:
+    """Trip count of a while loop (of computation `where`) that counts to a constant by a constant step."""
+    condition, body = (re.search(rf"{part}=%?([\w.\-]+)", loop.rest) for part in ("condition", "body"))
     if condition is None or body is None:
         return unknown
     table = {instruction.name: instruction for instruction in bodies.get(condition[1], ())}
@@ -158,8 +192,17 @@ def _trips(bodies: dict[str, list[Instruction]], rest: str, unknown: int) -> int
         place = re.search(r"index=(\d+)", left.rest) if left and left.operation == "get-tuple-element" else None
         if place and right and right.operation == "constant":
             bound = int(right.rest.split(")")[0])
-            return math.ceil(bound / _step(bodies.get(body[1], []), int(place[1])))
+            begin = _start(bodies[where], loop, int(place[1]))
+            return math.ceil((bound - begin) / _step(bodies.get(body[1], []), int(place[1])))
     return unknown
+
+
+def _start(around: list[Instruction], loop: Instruction, place: int) -> int:
+    """Element `place` of the tuple that a loop begins with: above 0 where XLA took the first turns out of it."""
+    table = {instruction.name: instruction for instruction in around}
+    first = table.get(_operands(loop)[0]) if _operands(loop) else None
+    operands = _operands(first) if first and first.operation == "tuple" else []
+    return _value(table, operands[place]) if place < len(operands) else 0
 
 
 def _step(body: list[Instruction], place: int) -> int:
@@ -167,18 +210,19 @@ def _step(body: list[Instruction], place: int) -> int:
     table = {instruction.name: instruction for instruction in body}
     root = body[-1] if body and body[-1].operation == "tuple" else None
     operands = _operands(root) if root else []
+    return max(_value(table, operands[place]), 1) if place < len(operands) else 1
 
-    def value(name: str) -> int:
-        instruction = table.get(name)
-        if instruction is None:
-            return 0
-        if instruction.operation == "constant":
-            return int(instruction.rest.split(")")[0])
-        if instruction.operation == "add":
-            return sum(value(operand) for operand in _operands(instruction)[:2])
-        return value(_operands(instruction)[0]) if instruction.operation in ("copy", "bitcast") else 0
 
-    return max(value(operands[place]), 1) if place < len(operands) else 1
+def _value(table: dict[str, Instruction], name: str) -> int:
+    """The sum of the constants that an integer is made of."""
+    instruction = table.get(name)
+    if instruction is None:
+        return 0
+    if instruction.operation == "constant":
+        return int(instruction.rest.split(")")[0])
+    if instruction.operation == "add":
+        return sum(_value(table, operand) for operand in _operands(instruction)[:2])
+    return _value(table, _operands(instruction)[0]) if instruction.operation in ("copy", "bitcast") else 0
 
 
 def _operands(instruction: Instruction) -> list[str]:

@@ -18,7 +18,7 @@ from itune.plan.chips import Chip, Slice, here, parse_topology
 from itune.plan.compile import Compiled, DoesNotFit, compile_lowered, topology_devices
 from itune.plan.count import count_flops
 from itune.plan.estimate import estimate, prices
-from itune.plan.hlo import moved
+from itune.plan.hlo import between_slices, collectives, moved
 from itune.plan.inputs import Known, known
 from itune.plan.layout import Layout, lay_out
 from itune.plan.memory import Need, formula_memory
@@ -94,10 +94,13 @@ def compiled_report(config: Config, where: Slice, facts: Known, table: dict[str,
         evaluation = _evaluation(config, made) if config.evaluators and not config.lora.rank else 0
     by_formula = formula_memory(layout)
     traffic, across = formula_traffic(layout), across_slices(layout)
+    shown = _shown(traffic, across)
     if program is not None:
-        traffic, needed = moved(program.text, turns), program.memory.peak
+        traffic, needed = moved(collectives(program.text, turns)), program.memory.peak
+        others = moved(between_slices(program.text, turns))
+        across, shown = sum(others.values()), traffic | {f"{kind} of slices": size for kind, size in others.items()}
     report = Report(
-        where, _settings(layout), _split(by_formula, needed), where.chip.memory, _shown(traffic, across),
+        where, _settings(layout), _split(by_formula, needed), where.chip.memory, shown,
         estimate(layout, where, sum(traffic.values()), across, flops["products"] + flops["attention"]),
         facts.steps, facts.source, _price(table, where), evaluation=evaluation,
         compiled={"seconds": time.perf_counter() - begun, "cpu_seconds": time.process_time() - cpu,

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.util
+import io
 import itertools
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,14 @@ def start() -> None:
         )
     elif asked == "1" or (asked != "0" and (_several_tasks() or _tpu_here())):
         _as_jax_finds_it(must=asked == "1" or _several_tasks())
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[None]:
+    """`start`, and of a job of several processes the first alone prints: for verbs that every process runs alike."""
+    start()
+    with contextlib.redirect_stdout(io.StringIO()) if jax.process_index() else contextlib.nullcontext():
+        yield
 
 
 def _as_jax_finds_it(must: bool) -> None:

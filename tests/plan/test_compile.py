@@ -49,7 +49,7 @@ def compiled(model_15m):
     return _compile(model_15m)
 
 
-def _compile(model_folder, **changes):
+def _compile(model_folder, slices=1, **changes):
     values = {
         "model.path": str(model_folder), "model.compute_dtype": "bfloat16", "train.remat": "full", "loss.chunk": CHUNK,
         "train.batch_size": ROWS, "data.max_length": LENGTH, "evaluators": (), **changes,
@@ -60,7 +60,7 @@ def _compile(model_folder, **changes):
         dataset=types.SimpleNamespace(held_out=()),
     )
     with jax.default_matmul_precision("default"):  # as in a run; conftest's "highest" is for comparisons on CPU
-        plan = make_plan(load_config("sft", values), data, print, topology_devices("v5e:2x2"))
+        plan = make_plan(load_config("sft", values), data, print, topology_devices("v5e:2x2", slices))
         return plan, compile_step(plan.step, plan.state, plan.batch)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from itune.plan.hlo import collectives, moved
+from itune.plan.hlo import between_slices, collectives, moved
 
 PROGRAM = """HloModule jit_step, is_scheduled=true
 
@@ -88,7 +88,7 @@ ENTRY %main (x: bf16[8,64], y: f32[32]) -> bf16[8,64] {
 
 
 def test_bytes_by_operation_with_loops_counted():
-    assert moved(PROGRAM, unknown_trips=3) == {
+    assert moved(collectives(PROGRAM, unknown_trips=3)) == {
         "all-gather": pytest.approx(10 * 64 * 64 * 2 * 7 / 8),  # ten layers, one channel in three fusions
         "reduce-scatter": pytest.approx(10 * 4 * 4 * 7),
         "collective-permute": pytest.approx(4 * 8 * 64 * 2),  # counts to 8 by twos
@@ -102,3 +102,41 @@ def test_a_loop_without_a_bound_counts_as_often_as_it_is_told():
         return next(c.times for c in collectives(PROGRAM, trips) if c.kind == "all-reduce")
 
     assert (reduced(1), reduced(5)) == (1, 5)
+
+
+SLICES = """HloModule jit_step, is_scheduled=true
+
+%body (t: (s32[], f32[64])) -> (s32[], f32[64]) {
+  %t = (s32[], f32[64]) parameter(0)
+  %i = s32[] get-tuple-element(%t), index=0
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  %send.1 = (f32[64]{0}, u32[], token[]) send(%x, %a), channel_id=4, is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="all-reduce.1_0",_xla_megascale_target="{1,2,3,4}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv.1 = (f32[64]{0}, u32[], token[]) recv(%a), channel_id=3, is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="all-reduce.1_0",_xla_megascale_target="{1,2,3,4}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  ROOT %out = (s32[], f32[64]) tuple(%next, %x)
+}
+
+%cond (t: (s32[], f32[64])) -> pred[] {
+  %t = (s32[], f32[64]) parameter(0)
+  %bound = s32[] constant(10)
+  %i = s32[] get-tuple-element(%t), index=0
+  ROOT %less = pred[] compare(%i, %bound), direction=LT
+}
+
+ENTRY %main (x: f32[64]) -> f32[64] {
+  %x = f32[64]{0} parameter(0)
+  %first = s32[] constant(1)
+  %begin = (s32[], f32[64]) tuple(%first, %x)
+  %loop = (s32[], f32[64]) while(%begin), condition=%cond, body=%body
+  %recv.2 = (bf16[2,8]{1,0}, u32[], token[]) recv(%a), channel_id=5, frontend_attributes={_xla_host_transfer_rendezvous="all-to-all.7_0",_xla_megascale_target={{100000,100001,200000,200001}},_xla_megascale_transfer_type="ALL_TO_ALL"}
+  %recv.3 = (bf16[8]{0}, u32[], token[]) recv(%a), channel_id=6, is_host_transfer=true
+  ROOT %ar = f32[64]{0} all-reduce(%x), channel_id=9, replica_groups={{0,1,2,3}}, to_apply=%add
+}
+"""  # noqa: E501
+
+
+def test_what_slices_exchange_is_told_from_what_stays_inside_one():
+    first, second = sorted(between_slices(SLICES))
+    assert first == ("all-reduce", "f32[64]", 4, 9, 64 * 4 * 2 * 3 / 4, "all-reduce.1_0")  # 1 to 9
+    assert second == ("all-to-all", "bf16[2,8]", 2, 1, 16 * 2 / 2, "all-to-all.7_0")
+    assert [(one.kind, one.group) for one in collectives(SLICES)] == [("all-reduce", 4)]
