@@ -1,7 +1,8 @@
 """One job over one, two and four processes on loopback: the same devices, the same numbers (contract 3).
 
 Trains, is killed between two saves, goes on, is judged and exported; what each number of processes gives is compared
-with one process that was never killed.
+with one process that was never killed. Smaller, in the default run: `test_resume_meshes.py` goes from one to two and
+back; `test_decode.py`, `test_feed.py` and `runtime/test_distributed.py` ask for what several processes need.
 """
 
 from __future__ import annotations
@@ -132,9 +133,11 @@ def test_killed_resumed_judged_and_exported_as_one_process_that_was_not(folder, 
         assert_one_speaks(folder, f"of-{processes}", processes)
 
 
+@pytest.mark.soak
 def test_two_processes_that_share_every_matrix_train_judge_and_export_as_one(folder):
     """The tensor axis crosses processes: both hold the same rows. One save, no kill: the campaign has them."""
-    sharing, steps = ("--config.mesh.fsdp=1", "--config.mesh.tensor=2"), EVERY
+    quick = ("--config.eval.max_new_tokens=3", "--config.eval.batch_size=16")
+    sharing, steps = ("--config.mesh.fsdp=1", "--config.mesh.tensor=2", *quick), EVERY
     traced = "--config.profile.steps=3:4"
     codes = run_plans(folder, "sharing", [
         start(folder, "sharing-1", train(folder, "sharing-1", *sharing, steps=steps), 1, 2),

@@ -3,6 +3,7 @@
 import pytest
 from jax.sharding import Mesh
 
+from itune.export import export_adapter, export_run
 from itune.runtime import distributed
 from itune.sharding import make_mesh
 from itune.types import InputError
@@ -63,6 +64,31 @@ def test_wrong_variables_are_named(calls, monkeypatch, values, message):
     with pytest.raises(InputError, match=message):
         distributed.start()
     assert calls == []
+
+
+@pytest.mark.parametrize(("index", "said"), [(0, "exported\n"), (1, "")])
+def test_a_verb_of_all_processes_joins_the_job_and_the_first_prints(calls, monkeypatch, capsys, index, said):
+    for name, value in zip(distributed._VARIABLES, ("127.0.0.1:4000", "2", str(index))):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed.jax, "process_index", lambda: index)
+
+    @distributed.joined()
+    def verb():
+        assert len(calls) == 1
+        print("exported")
+
+    verb()
+    assert capsys.readouterr().out == said
+
+
+@pytest.mark.parametrize("verb", [export_run, export_adapter])
+def test_exports_join_the_job(calls, monkeypatch, tmp_path, verb):
+    monkeypatch.setenv("ITUNE_COORDINATOR", "127.0.0.1:4000")
+    monkeypatch.setenv("ITUNE_NUM_PROCESSES", "2")
+    monkeypatch.setenv("ITUNE_PROCESS_ID", "0")
+    with pytest.raises(InputError, match="not a run directory"):
+        verb(tmp_path / "none", tmp_path / "out")
+    assert len(calls) == 1
 
 
 def test_one_process_needs_no_exchange():
