@@ -12,6 +12,7 @@ import time
 import traceback
 from pathlib import Path
 
+import jax
 import pytest
 
 from itune.models.hf.files import INDEX, SINGLE, read_header
@@ -123,6 +124,8 @@ def _where(error):
 def campaign(sharded, root, count):
     accepted, failed = 0, []
     for seed in range(count):
+        if seed % 500 == 499:
+            jax.clear_caches()  # of hundreds of configurations
         draw = random.Random(seed)
         folder = root / "m"
         shutil.rmtree(folder, ignore_errors=True)
@@ -165,6 +168,17 @@ def test_index_that_names_a_pickle_is_refused_before_it_is_opened(sharded, tmp_p
     (folder / INDEX).write_text(json.dumps(index))
     with pytest.raises(InputError, match=r"names pytorch_model\.bin; expected \.safetensors files only"):
         make_plan(folder, load_model(folder), 264)
+
+
+@pytest.mark.parametrize("key", ["num_attention_heads", "num_hidden_layers", "vocab_size", "hidden_size"])
+@pytest.mark.parametrize("value", [2**63, 10**30])
+def test_size_of_which_no_model_can_be_is_named(sharded, tmp_path, key, value):
+    """Found by the campaign: a traceback from jax, and a program that was traced for half an hour."""
+    folder = Path(shutil.copytree(sharded, tmp_path / "m"))
+    config = json.loads((folder / "config.json").read_text()) | {key: value}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=rf"config\.json: {key} is {value}; expected at most"):
+        load_model(folder)
 
 
 @pytest.mark.soak

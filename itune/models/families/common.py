@@ -44,6 +44,8 @@ POST_NORMS: dict[str, str] = {
 ROPES = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
 ORIGINAL = "original_max_position_embeddings"
 _REQUIRED = object()
+# each is a loop of ours while a program is traced
+_MOST = {"num_hidden_layers": 4096, "num_attention_heads": 1024, "num_key_value_heads": 1024}
 
 
 class Fields:
@@ -70,10 +72,11 @@ class Fields:
         return value
 
     def count(self, key: str, default: Any = _REQUIRED) -> int:
-        """An int of at least 1."""
-        value = self.get(key, int, default)
-        if value < 1:
-            raise InputError(f"{self.where}: {key} is {value}; expected at least 1")
+        """An int of at least 1, and not so large that no array or program of it can exist."""
+        value, most = self.get(key, int, default), _MOST.get(key, 2**31 - 1)
+        if not 1 <= value <= most:
+            raise InputError(f"{self.where}: {key} is {value}; expected " +
+                             ("at least 1" if value < 1 else f"at most {most}"))
         return value
 
     def section(self, key: str) -> Fields:
