@@ -181,6 +181,15 @@ def test_size_of_which_no_model_can_be_is_named(sharded, tmp_path, key, value):
         load_model(folder)
 
 
+@pytest.mark.parametrize("value", [{"llama": 1}, ["llama"], 3])
+def test_model_type_that_is_no_text_is_not_supported(sharded, tmp_path, value):
+    folder = Path(shutil.copytree(sharded, tmp_path / "m"))
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": value}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"model_type .* is not supported; supported: llama"):
+        load_model(folder)
+
+
 @pytest.mark.soak
 def test_ten_thousand_mutated_folders(sharded, tmp_path):
     campaign(sharded, tmp_path, 10_000)

@@ -61,12 +61,12 @@ def find_family(hf: dict[str, Any], where: str, tensors: Callable[[], Iterable[s
     `tensors` gives the names of the checkpoint's tensors: families that know them all are named in the message.
     """
     model_type = hf.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         found = f"model_type {model_type!r}" if model_type else "no model_type"
         alike = families_of(tensors())
         hint = f"; its tensors have the names of {' or '.join(alike)}: if it is built so, set that" if alike else ""
         raise InputError(f"{where}: {found} is not supported; supported: {', '.join(FAMILIES)}{hint}")
-    return str(model_type)
+    return model_type
 
 
 def families_of(tensors: Iterable[str]) -> list[str]:
