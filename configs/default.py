@@ -97,7 +97,7 @@ def get_config() -> ConfigDict:
     c.train.accumulation = 1  # micro-batches that a step is cut into
     c.train.remat = "none"  # recompute in the backward pass: none | full | dots (keep matrix products)
     c.train.deterministic = False  # bitwise repeatable on GPU, slower
-    c.train.init_from = ""  # run directory whose trained parameters start this run
+    c.train.init_from = ""  # run directory (folder or URL) whose trained parameters start this run
     c.train.freeze = ""  # parameters whose path this regular expression matches stay: "embed|layer_0/attention"
     c.train.max_skipped = 3  # updates in a row whose loss or gradient is not finite: each is skipped, the last ends it
     c.train.skip_spikes = 0.0  # skip an update whose loss or norm is so many deviations over recent steps'; 0 is off

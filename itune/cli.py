@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, TextIO, cast
 
 from itune import __version__
+from itune.at_hand import at_hand
+from itune.storage.cache import local_workdir
 from itune.types import InputError, RunError
 from itune.usage import build_parser
 
@@ -28,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
         if rest and "config" not in arguments:
             raise InputError(f"argument {rest[0]!r} is not understood; see itune {arguments.verb} --help")
         arguments.overrides, arguments.words = rest, sys.argv[1:] if argv is None else argv
-        with _hidden_secrets(arguments.verb):
+        with _hidden_secrets(arguments.verb), at_hand(arguments):
             return VERBS[arguments.verb](arguments)
     except (InputError, RunError) as error:
         from itune.runtime.secrets import redact
@@ -86,7 +88,7 @@ def _train(arguments: argparse.Namespace) -> int:
     if supervisor.wanted(arguments.restart_on_failure):
         _config(arguments)  # what is wrong in it is said at once
         command = [sys.executable, "-m", "itune", *arguments.words]
-        return supervisor.supervise(command, arguments.restart_on_failure, arguments.workdir)
+        return supervisor.supervise(command, arguments.restart_on_failure, local_workdir(arguments.workdir))
     supervisor.end_with_parent()
     from itune.loop import train
 

@@ -16,6 +16,7 @@ import jax
 
 from itune import evaluators
 from itune.checkpoint import Store
+from itune.checkpoint.mirror import mirrored
 from itune.config import Config
 from itune.evaluators import shown
 from itune.feed import feed
@@ -38,6 +39,7 @@ from itune.setup_run import check_resume, local_rows, make_plan, prepare_data
 from itune.sharding import describe_sizes
 from itune.skipped import Skipped
 from itune.step import all_finite
+from itune.storage.cache import local_workdir
 from itune.tuning import frozen_digest
 from itune.types import InputError, RunError
 from itune.weights import first_state, resumed_state
@@ -60,7 +62,7 @@ class Result:
 
 
 def train(config: Config, workdir: str | Path, *, on_step: OnStep | None = None) -> Result:
-    """Tune the model that `config` names, in a run directory; the same call again resumes it or extends it.
+    """Tune the model that `config` names, in a run directory, here or in a bucket; the same call resumes or extends it.
 
     `on_step(step, metrics)` is called with the number of finished steps when a step's numbers are there: after the next
     one was dispatched, so that the device never waits. SIGTERM and SIGINT end the run after a step with all saved
@@ -71,16 +73,15 @@ def train(config: Config, workdir: str | Path, *, on_step: OnStep | None = None)
         use_deterministic_kernels()
     distributed.start()
     use_compilation_cache()
-    folder = Path(workdir)
-    if "://" in str(workdir):
-        raise InputError(f"--workdir {workdir}: expected a folder; mount the bucket (gcsfuse) and name a folder there")
+    folder = local_workdir(workdir)
     first = jax.process_index() == 0
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--workdir {folder}: cannot be created: {error.strerror}") from error
-    with RunLock(folder) if first else contextlib.nullcontext(), StopRequest() as stop:
-        run = Run(config, folder, stop, on_step)
+    with RunLock(folder) if first else contextlib.nullcontext(), StopRequest() as stop, \
+            mirrored(workdir, folder) as mirror:
+        run = Run(config, folder, stop, on_step, mirror)
         try:
             with shown_to(run.log):
                 return run.run()
@@ -96,7 +97,7 @@ def train(config: Config, workdir: str | Path, *, on_step: OnStep | None = None)
 class Run:
     """One run of this process in its directory. `done` counts finished (dispatched) optimizer steps."""
 
-    def __init__(self, config: Config, workdir: Path, stop: StopRequest, on_step: OnStep | None) -> None:
+    def __init__(self, config: Config, workdir: Path, stop: StopRequest, on_step: OnStep | None, mirror: Any) -> None:
         self.config, self.workdir, self.stop, self.on_step = config, workdir, stop, on_step
         self.first = jax.process_index() == 0
         self.progress = Progress(quiet=not self.first)
@@ -115,7 +116,7 @@ class Run:
         self.store = Store(
             workdir / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_best,
             metrics=lambda step: evaluators.flatten(read_summary(workdir, step)), log=self.log,
-            keep_every=config.checkpoint.keep_every,
+            keep_every=config.checkpoint.keep_every, mirror=mirror,
         )
 
     def run(self) -> Result:

@@ -45,7 +45,7 @@ def build_parser(version: str) -> Parser:
 
     sub = _verb(verbs, "train", "tune a model; the same command again resumes", _TRAIN_EXAMPLE)
     _config(sub)
-    sub.add_argument("--workdir", required=True, metavar="DIR", help="the run directory")
+    sub.add_argument("--workdir", required=True, metavar="DIR", help="the run directory: a folder, gs://... or s3://...")
     sub.add_argument("--restart-on-failure", type=int, default=0, metavar="N",
                      help="start again after a failure, until N restarts bring no new step (default 0)")
     _json(sub)

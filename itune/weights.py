@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from itune.checkpoint import Store
+from itune.checkpoint.view import open_view
 from itune.config import Config, load_config
 from itune.models import load_pretrained
 from itune.setup_run import Plan, make_tuning, model_settings
 from itune.step import init_state
+from itune.storage.bucket import is_url
 from itune.tuning import frozen_digest
 from itune.types import InputError, TrainState
 
@@ -41,12 +43,13 @@ def base_weights(config: Config, model: Any, tokenizer: Any, log: Log) -> Any:
     """All parameters that a run begins with: of `model.path`, or those that the run of `train.init_from` ended with."""
     if not config.train.init_from:
         return load_pretrained(config.model.path, model.mesh, **model_settings(config, tokenizer))[1]
-    folder = Path(config.train.init_from)
+    start = config.train.init_from
+    folder = open_view(start).folder if is_url(start) else Path(start)
     store = Store(folder / "checkpoints", log=log)
     step = store.newest_good()
     if step is None:
         raise InputError(f"train.init_from: {folder} has no checkpoint; it must be a run directory")
-    log(f"start from the parameters of {folder}, step {step}")
+    log(f"start from the parameters of {start}, step {step}")
     theirs = load_config(folder / "config.json")
     tuning = make_tuning(theirs, model)
     return tuning.merged(*saved_halves(theirs, model, tokenizer, store, step, log))

@@ -13,7 +13,8 @@ PACKAGE = Path(__file__).parents[1] / "itune"
 FLOORS = [
     ("cli", "usage", "__main__"),
     ("demo", "verify"),
-    ("loop", "plan", "export", "report", "chat", "setup_run", "saved_run", "judge", "weights", "run_record"),
+    ("loop", "plan", "export", "report", "chat", "setup_run", "saved_run", "judge", "weights", "run_record",
+     "at_hand"),
     ("evaluators", "checkpoint", "runtime", "feed", "progress", "skipped"),
     ("step",),
     ("objectives", "optim", "decode", "flops", "tuning", "spikes"),

@@ -24,6 +24,7 @@ import jax
 
 from itune.checkpoint import manifest as manifests
 from itune.checkpoint.commit import commit, remove_while_written
+from itune.checkpoint.mirror import Mirror
 from itune.checkpoint.retention import steps_to_delete
 from itune.runtime.distributed import meet
 from itune.runtime.marks import mark
@@ -57,6 +58,7 @@ class Store:
       metrics: step -> numbers of its evaluation, named as `keep_best` names them; {} where there was none.
       log: takes one line of text.
       keep_every: checkpoints whose step is a multiple of this stay too; 0 is none.
+      mirror: the run directory in a bucket whose copy `folder` is in (of the first process).
 
     With several processes every one calls the same methods at the same steps; the folder must be shared by all.
     """
@@ -64,11 +66,11 @@ class Store:
     def __init__(
         self, folder: str | os.PathLike, keep: int = 2, keep_best: str = "", *,
         metrics: Callable[[int], Mapping[str, float]] = _no_metrics, log: Callable[[str], None] = print,
-        keep_every: int = 0,
+        keep_every: int = 0, mirror: Mirror | None = None,
     ) -> None:
         self.folder = Path(folder).absolute()
         self.keep, self.keep_best, self.metrics, self.log = keep, keep_best, metrics, log
-        self.keep_every = keep_every
+        self.keep_every, self.mirror = keep_every, mirror
         self._thread: threading.Thread | None = None
         self._failure: RunError | None = None
         self._deleting = threading.Lock()
@@ -100,10 +102,11 @@ class Store:
         if jax.process_count() > 1:
             from jax.experimental import multihost_utils
 
-            found = self._newest_good() if jax.process_index() == 0 else None
+            found = self.newest_good_here() if jax.process_index() == 0 else None
+            meet("checkpoint found")  # it may take long, and what follows may not
             shared = int(multihost_utils.broadcast_one_to_all(-1 if found is None else found))
             return None if shared < 0 else shared
-        return self._newest_good()
+        return self.newest_good_here()
 
     def check_named(self, step: int) -> None:
         """Raise when the step that a user asked for does not exist (InputError) or is damaged (RunError)."""
@@ -155,6 +158,9 @@ class Store:
             shutil.rmtree(aside, ignore_errors=True)
             os.rename(self.path(newer), aside)
             self.log(f"the damaged checkpoint of step {newer} now stands in {aside}")
+        if self.mirror:
+            for newer in self.mirror.set_aside_after(step):
+                self.log(f"the damaged checkpoint of step {newer} in {self.mirror.url} has no manifest any more")
 
     def check_space(self, state: Any) -> None:
         """Raise RunError when the disk has no room for one checkpoint of this state (arrays or their shapes)."""
@@ -205,9 +211,11 @@ class Store:
         """Delete what neither `keep` nor `keep_best` covers. A save does it; call it again after an evaluation."""
         if jax.process_index() == 0:
             with self._deleting:
-                found = {step: self.metrics(step) for step in self.steps()}
-                for step in steps_to_delete(found, self.keep, self.keep_best, self.keep_every):
+                for step in self._superseded(self.steps()):
                     self._remove(self.path(step))
+
+    def _superseded(self, steps: list[int]) -> list[int]:
+        return steps_to_delete({step: self.metrics(step) for step in steps}, self.keep, self.keep_best, self.keep_every)
 
     def check(self) -> None:
         """Raise RunError when a save in the background has failed. Cheap: call it every step."""
@@ -251,9 +259,15 @@ class Store:
                 mark("committed", step)
                 self.retain()
                 mark("retained", step)
+                self._upload(step)
         except BaseException as error:  # handed to the loop, which raises it at its next step
             self._discard(temporary)
             self._failure = self._failed(step, error)
+
+    def _upload(self, step: int) -> None:
+        if self.mirror:
+            self.mirror.push(step)
+            self.mirror.retain(self._superseded)
 
     def _commit(self, step: int, temporary: Path) -> None:
         if self.path(step).exists():  # damaged, or of a run that went back to an earlier step
@@ -270,16 +284,21 @@ class Store:
         if jax.process_index() == 0:
             remove_while_written(temporary)
 
-    def _newest_good(self) -> int | None:
-        steps = self._numbered()
+    def newest_good_here(self) -> int | None:
+        """`newest_good` of this process alone, before it has joined a job."""
+        there = self.mirror.steps() if self.mirror else []
+        steps = sorted({*self._numbered(), *there})
         for step in reversed(steps):
-            damage = self.verify(step)
+            damage = self.mirror.bring(step) if self.mirror and step in there else self.verify(step)
             if not damage:
+                if step not in there:  # killed before it had reached the bucket
+                    self._upload(step)
                 return step
             self.log(f"checkpoint of step {step} is damaged and is passed over: {'; '.join(damage)}")
         if steps:
+            where = self.mirror.url if self.mirror else self.folder
             raise RunError(
-                f"{self.folder}: every checkpoint is damaged (steps {', '.join(map(str, steps))}); "
+                f"{where}: every checkpoint is damaged (steps {', '.join(map(str, steps))}); "
                 "to start again, choose another --workdir or delete this one"
             )
         return None
@@ -294,6 +313,8 @@ class Store:
         return "" if latest is None else f"; the checkpoint of step {latest} is kept"
 
     def _failed(self, step: int, error: BaseException) -> RunError:
+        if isinstance(error, RunError):  # of the mirror, which says all
+            return error
         return RunError(
             f"checkpoint of step {step} could not be saved in {self.folder}: {_line(error)}{self._last_good()}"
         )

@@ -8,6 +8,7 @@ import importlib.util
 import io
 import itertools
 import os
+import random
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -111,6 +112,24 @@ def hosts() -> list[str]:
     own = np.frombuffer(socket.gethostname().encode()[:64].ljust(64, b"\0"), np.uint8)
     names_P64 = np.asarray(multihost_utils.process_allgather(own)).reshape(-1, 64)
     return [name.tobytes().rstrip(b"\0").decode(errors="replace") for name in names_P64]
+
+
+def share_a_folder(folder: Path) -> bool:
+    """Whether every process sees the same folder, which each has made. All processes must call it."""
+    if jax.process_count() == 1:
+        return True
+    from jax.experimental import multihost_utils
+
+    meet("folder made")
+    token = int(multihost_utils.broadcast_one_to_all(np.int32(random.SystemRandom().getrandbits(31))))
+    path = folder / f".shared-{token}"
+    if jax.process_index() == 0:
+        path.touch()
+    meet("token written")
+    seen = bool(np.asarray(multihost_utils.process_allgather(np.int32(path.exists()))).all())
+    if jax.process_index() == 0:
+        path.unlink()
+    return seen
 
 
 class Agreement:

@@ -1,7 +1,8 @@
 """Marks: the phases of a run, written where a supervisor or a fault campaign reads them, and nowhere by default.
 
 `ITUNE_MARK=FILE` gets a line `phase step` a mark: step, logged, save-begin, arrays-written, before-commit, committed,
-retained, evaluate-begin, evaluated. `ITUNE_MARK_KILL=phase:step` makes the process kill itself (SIGKILL) there, and
+retained, evaluate-begin, evaluated; of a workdir in a bucket upload-begin, uploading (an object is there),
+before-manifest, uploaded. `ITUNE_MARK_KILL=phase:step` makes the process kill itself (SIGKILL) there, and
 `phase:step:SIGTERM` or another signal's name send itself that one: how the tests show that nothing is lost, without a
 clock. Several are separated by commas.
 """

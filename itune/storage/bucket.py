@@ -17,6 +17,7 @@ from itune.types import InputError, RunError
 
 EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "memory": ""}  # scheme -> extra that reaches it
 _AT_ONCE = 8  # objects on their way at a time
+_SMALL = 16 << 20  # bytes
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 # what file systems call the facts that change when an object does
 _VERSION = ("size", "ETag", "etag", "generation", "mtime", "updated", "LastModified", "created")
@@ -94,7 +95,11 @@ class Bucket:
     def put(self, files: Mapping[str, Path], each: Callable[[str], None] = lambda name: None) -> None:
         """Upload files under these names, several at a time; `each` is told which is there."""
         def send(name: str) -> None:
-            self.fs.put_file(str(files[name]), self._at(name))
+            path = files[name]
+            if path.stat().st_size <= _SMALL:  # read at once: a log may grow while it is sent
+                self.write(name, path.read_bytes())
+            else:
+                self.fs.put_file(str(path), self._at(name))
             each(name)
 
         _all(send, files)
@@ -130,10 +135,14 @@ class Bucket:
                 if info.get("type") == "file" and name.startswith(prefix) and not name.endswith("/")}
 
     def _at(self, name: str) -> str:
-        pure = PurePosixPath(name)
-        if pure.is_absolute() or ".." in pure.parts:  # a key may be any text; ours never leave the folder
+        if leads_outside(name):
             raise InputError(f"{self.url}: the name {name!r} leads outside the folder")
         return f"{self.path}/{name}"
+
+
+def leads_outside(name: str) -> bool:
+    """Whether a name would leave its folder: a key in a bucket may be any text."""
+    return PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts
 
 
 def version(info: Mapping[str, Any]) -> str:

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from s3_server import s3_server
 
+import itune
+from itune.checkpoint.mirror import Mirror
+from itune.checkpoint.store import Store
 from itune.cli import main
 from itune.data.sources import open_sources
 from itune.storage.bucket import Bucket
@@ -77,3 +85,37 @@ def test_missing_objects_buckets_and_credentials_are_one_message(s3, monkeypatch
         s3fs.S3FileSystem.clear_instance_cache()
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("itune: model.path: s3://bucket/model cannot be reached: NoCredentialsError")
+
+
+_PUSH = """
+import sys
+from pathlib import Path
+from itune.checkpoint.manifest import write_manifest
+from itune.checkpoint.mirror import Mirror
+folder = Path(sys.argv[1])
+mirror = Mirror("s3://bucket/run", folder)
+mirror.take()
+for step in (4, 8):
+    for name in ("arrays/a", "arrays/b", "run.json"):
+        path = folder / "checkpoints" / str(step) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name * step)
+    write_manifest(folder / "checkpoints" / str(step), step=step)
+    mirror.push(step)
+"""
+
+
+def test_killed_before_the_manifest_an_upload_has_left_no_checkpoint(s3, tmp_path):
+    (tmp_path / "one").mkdir()
+    killed = subprocess.run([sys.executable, "-c", _PUSH, str(tmp_path / "one")], capture_output=True, text=True,
+                            env={**os.environ, "ITUNE_MARK_KILL": "before-manifest:8"},
+                            cwd=Path(itune.__file__).parents[1])
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    there = Bucket("s3://bucket/run").list("checkpoints")
+    names = [f"checkpoints/8/{name}" for name in ("arrays/a", "arrays/b", "run.json")]
+    assert sorted(name for name in there if "/8/" in name) == names
+    for name, step in (("two", 4), ("one", 8)):  # a new machine goes on from 4; the old one has lost nothing
+        (tmp_path / name).mkdir(exist_ok=True)
+        mirror = Mirror("s3://bucket/run", tmp_path / name)
+        mirror.take()
+        assert Store(tmp_path / name / "checkpoints", mirror=mirror).newest_good() == step == mirror.steps()[-1]
