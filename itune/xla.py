@@ -21,13 +21,14 @@ class Option(NamedTuple):
     before: tuple[int, int] = (99, 0)
 
 
+# libtpu refuses it for v5p: "incorrect results, hangs"
 _BESIDE = "a collective travels while a product runs; MaxText and axlearn set it, libtpu alone does not"
 TABLE = (
     Option("cpu", "xla_cpu_use_fusion_emitters", False,
            "programs run as fast and compile in two thirds of the time; from 0.11 on there is no such switch", (0, 11)),
     Option("TPU v6 lite", "xla_tpu_scoped_vmem_limit_kib", "98304",
            "three quarters of the 128 MiB beside a v6e core, for larger fusions; libtpu takes a fraction of it"),
-    *(Option("TPU v5", name, "true", _BESIDE) for name in (
+    *(Option("TPU v5 lite", name, "true", _BESIDE) for name in (
         "xla_tpu_enable_async_collective_fusion",
         "xla_tpu_enable_async_collective_fusion_fuse_all_gather",
         "xla_tpu_enable_async_collective_fusion_multiple_steps",
