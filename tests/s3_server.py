@@ -29,6 +29,7 @@ def s3_server():
         url = f"http://127.0.0.1:{int(process.stdout.readline())}"
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         direct.open(urllib.request.Request(f"{url}/bucket", method="PUT"), timeout=60).close()
+        sys.modules["s3fs"].S3FileSystem.clear_instance_cache()  # of an earlier server
         yield {"AWS_ENDPOINT_URL": url, "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test",
                "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true", "AWS_CONFIG_FILE": os.devnull,
                "AWS_SHARED_CREDENTIALS_FILE": os.devnull, "no_proxy": "127.0.0.1"}
