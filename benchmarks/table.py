@@ -14,6 +14,7 @@ HEAD = """# Results
 Written by `python -m benchmarks.run`; unrounded numbers stand in `results.json`. A row is a comparison in separate
 processes, in turn, on the same inputs; numbers are medians of the rounds with the lowest and the highest. "Found" is
 itune's number over the peer's, or its own where no peer is named. Rows that were lost stay in the table.
+`RESULTS_GPU.md` holds what was measured on a GPU, `RESULTS_SINGLE.md` benchmarks with a command of their own.
 """
 
 

@@ -134,9 +134,9 @@ def test_streaming_grows_to_the_same_answer(loaded, prompts):
 
 def test_nothing_is_compiled_twice(loaded, prompts):
     decode.generate_ids(*loaded, prompts, max_new_tokens=NEW, batch_size=4)
-    sizes = decode._prefill._cache_size(), decode._advance._cache_size()
+    sizes = decode._jitted_prefill()._cache_size(), decode._advance._cache_size()
     decode.generate_ids(*loaded, [p[::-1] for p in prompts], max_new_tokens=NEW, batch_size=4)
-    assert (decode._prefill._cache_size(), decode._advance._cache_size()) == sizes
+    assert (decode._jitted_prefill()._cache_size(), decode._advance._cache_size()) == sizes
 
 
 @pytest.mark.parametrize(
