@@ -132,6 +132,20 @@ def test_streaming_grows_to_the_same_answer(loaded, prompts):
     assert parts[-1].ids.tolist() == whole.ids.tolist() and parts[-1].stopped == whole.stopped
 
 
+def test_batches_side_by_side_answer_as_alone_and_compile_once(loaded, prompts):
+    """Two threads on one CPU: the same answers in the same places, sampled ones too, and one program a shape."""
+    many = (list(prompts) * 12)[:50]
+    assert decode._at_once(loaded[0], 50) == 2 and decode._at_once(loaded[0], 4) == 1
+    options = {"max_new_tokens": NEW, "temperature": 0.8, "seed": 3}
+    alone = decode.generate_ids(*loaded, many, batch_size=4, **options)
+    before = decode._jitted_prefill()._cache_size()
+    beside = decode.generate_ids(*loaded, many, batch_size=64, **options)
+    assert [a.ids.tolist() for a in beside] == [a.ids.tolist() for a in alone]
+    assert len({tuple(a.ids.tolist()) for a in beside}) > 25  # each index draws for itself
+    shapes = {decode._slots([prompt]) for prompt in many}
+    assert decode._jitted_prefill()._cache_size() - before <= len(shapes)
+
+
 def test_nothing_is_compiled_twice(loaded, prompts):
     decode.generate_ids(*loaded, prompts, max_new_tokens=NEW, batch_size=4)
     sizes = decode._jitted_prefill()._cache_size(), decode._advance._cache_size()
