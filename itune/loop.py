@@ -168,11 +168,9 @@ class Run:
     def _start_state(self, resumed: bool) -> tuple[Any, Any]:
         """The state to go on from and the compiled step; it compiles while weights are read and the base is judged."""
         plan = self.plan
-        def compiled() -> Any:
-            with self._timed("compile"):
-                return plan.step.lower(plan.state, plan.batch).compile()
+        compile_step = self._timed("compile")(lambda: plan.step.lower(plan.state, plan.batch).compile())
         with ThreadPoolExecutor(1) as pool:
-            compiling = pool.submit(compiled)
+            compiling = pool.submit(compile_step)
             with self._timed("weights"):
                 if resumed:
                     state = resumed_state(plan, self.store, self.done, self.data.tokenizer, self.log)
