@@ -10,7 +10,7 @@ import peft
 import torch
 import transformers
 
-from benchmarks.gpu_rows import SIZES, packed_batches, whole_batches
+from benchmarks.gpu_rows import SIZES, conversations, whole_batches
 from itune.flops import batch_pairs, partial_train_flops, peak_flops
 from itune.models import ModelConfig
 from itune.models.architecture import LayerKind
@@ -31,7 +31,7 @@ def torch_lora_8b(
     vocab = SIZES[size]["vocab_size"]
     lines = []
     for name, batches in (
-        ("whole", whole_batches(2, rows, length, vocab)), ("packed", packed_batches(2, rows, length, vocab)[0]),
+        ("whole", whole_batches(2, rows, length, vocab)), ("packed", conversations(2, rows, length, vocab)[0]),
     ):
         versions = ", ".join(f"{m.__name__} {m.__version__}" for m in (peft, transformers, torch))
         line = {"system": versions, "rows_are": name, "rows": rows, "length": length, "checkpointing": checkpointing}

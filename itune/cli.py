@@ -69,11 +69,17 @@ def _config(arguments: argparse.Namespace) -> Any:
 
 
 def _finish(arguments: argparse.Namespace, result: Any) -> int:
-    """Write a verb's numbers, unrounded, where --json asks for them."""
-    if arguments.json:
+    """Write a verb's numbers, unrounded, where --json asks for them: of a job of several processes the first does."""
+    if arguments.json and _is_first():
         Path(arguments.json).parent.mkdir(parents=True, exist_ok=True)
         Path(arguments.json).write_text(json.dumps(result, indent=2, default=str) + "\n")
     return 0
+
+
+def _is_first() -> bool:
+    """Of the job that the verb joined, if it joined one; asked without starting a device."""
+    jax = sys.modules.get("jax")
+    return jax is None or not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def _demo(arguments: argparse.Namespace) -> int:

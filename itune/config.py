@@ -38,6 +38,7 @@ class ModelSection:
 class LossSection:
     weighting: Literal["token", "example", "microbatch_mean", "sum"] = _key("token", "name")
     chunk: int = _key(1024, "tokens", 1)
+    blocks: int = _key(1, "parts of the vocabulary", 1)
     router_aux: float = _key(0.0, "coefficient", 0.0)
 
 

@@ -103,8 +103,9 @@ def make_plan(
     if config.train.skip_spikes:
         optimizer = with_window(optimizer, config.train.spike_window)
     objective = make_sft(
-        model, config.loss.weighting, config.loss.chunk, parameters=tuning.parameters, router_aux=config.loss.router_aux
-    )
+        model, config.loss.weighting, config.loss.chunk, blocks=config.loss.blocks, parameters=tuning.parameters,
+        router_aux=config.loss.router_aux,
+    )  # fmt: skip
     step = make_train_step(
         objective, optimizer, make_schedule(config.optimizer, data.loader.total_steps), mesh,
         accumulation=config.train.accumulation, clip_norm=config.optimizer.clip_norm,

@@ -130,10 +130,12 @@ def check_attention(shape: tuple[int, ...], window: int | None, segments: int, k
         say("attention", **case, right=right, off=differences, limit=TOLERANCE[dtype], forward_backward_ms=milliseconds)
 
 
-def packed_batches(count: int, rows: int, length: int, vocab: int) -> tuple[list[Batch], int]:
-    """Full batches of packed examples with log-normal lengths (median 250 tokens), and the most runs in a row."""
+def packed_batches(
+    count: int, rows: int, length: int, vocab: int, *, median: float = 250, spread: float = 0.8
+) -> tuple[list[Batch], int]:
+    """Full batches of packed examples with log-normal lengths (`median` in tokens), and the most runs in a row."""
     rng = np.random.default_rng(1)
-    drawn = rng.lognormal(np.log(min(250, length / 8)), 0.8, size=8 * count * rows * max(1, length // 250))
+    drawn = rng.lognormal(np.log(min(median, length / 8)), spread, size=int(8 * count * rows * max(1, length / median)))
     lengths = np.clip(drawn.astype(np.int64), 8, length)
     offsets = np.r_[0, np.cumsum(lengths)]
     tokens = rng.integers(0, vocab, int(offsets[-1]), dtype=np.int32)

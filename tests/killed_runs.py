@@ -6,12 +6,14 @@
     "batches": FILE             a line [step, hash of each row of this process] a batch
     "at": {"phase:step" or "start": COMMAND or bytes}   there run the shell command, or let no file grow past the bytes
 
-A process that starts from nothing spends seconds on imports; fifty of them would spend minutes.
+When a process has left, LOG.left is written: its time of change is when. A process that starts from nothing spends
+seconds on imports; fifty of them would spend minutes.
 """
 
 import hashlib
 import json
 import os
+import pathlib
 import resource
 import subprocess
 import sys
@@ -78,8 +80,11 @@ def act_at_marks(actions):
 
 def run(plan):
     """Exit code of one run, or the list of a job's; minus the signal's number when one ended it."""
-    children = [start(one) for one in (plan if isinstance(plan, list) else [plan])]
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    plans = plan if isinstance(plan, list) else [plan]
+    codes = []
+    for one, child in zip(plans, [start(one) for one in plans]):
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        pathlib.Path(f"{one['log']}.left").touch()
     return codes if isinstance(plan, list) else codes[0]
 
 

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,7 @@ def test_twenty_signals_to_either_of_two_each_saved_at_one_step(tmp_path):
         plans.append([{"arguments": arguments, "log": str(tmp_path / f"{number}-{index}.log"),
                        "environment": {**devices(2), **variables}} for index, variables in enumerate(jobs)])
     assert run_plans(tmp_path, "twenty", plans) == [[143, 143]] * 20
+    took = []
     for number in range(20):
         said = re.findall(r"stopped by .*: step (\d+) of 400 is saved", (tmp_path / f"{number}-0.log").read_text())
         assert len(said) == 1 and (tmp_path / f"{number}-1.log").read_text().count("stopped by") == 0
@@ -96,6 +98,17 @@ def test_twenty_signals_to_either_of_two_each_saved_at_one_step(tmp_path):
         assert [path.name for path in (run / "checkpoints").iterdir()] == said
         assert len(losses(run)) == int(said[0]) <= 3 + number + 3  # every finished step is in it
         assert Store(run / "checkpoints").newest_good() == int(said[0])
+        left = max((tmp_path / f"{number}-{index}.log.left").stat().st_mtime for index in range(2))
+        took.append(left - before(run / "logs" / f"process-{number % 2}.jsonl", 3 + number))
+    print(f"20 of 20: SIGTERM to both gone in at most {min(took):.1f} to {max(took):.1f} s")
+    assert max(took) < 30, took  # the grace that TPU VMs and SLURM give
+
+
+def before(log, step):
+    """When the last step before `step` was logged, in whole seconds: no later than the signal at `step`."""
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    times = [line["time"] for line in lines if line["step"] is not None and line["step"] < step]
+    return max(datetime.strptime(each, "%Y-%m-%dT%H:%M:%S%z").timestamp() for each in times)
 
 
 @pytest.mark.parametrize("number", range(20))
@@ -114,9 +127,9 @@ def test_dead_or_stopped_process_ends_the_job_with_a_line_that_names_it(command,
     left = time.time()
     logs = [(tmp_path / f"{index}.log").read_text() for index in range(2)]
     assert codes == [1, 1], logs
-    took = left - (tmp_path / "run" / "logs" / f"process-{victim}.jsonl").stat().st_mtime  # its last line was of step 4
+    took = left - before(tmp_path / "run" / "logs" / f"process-{victim}.jsonl", 5)  # no less than since the signal
     print(f"{signal_name} to process {victim}: both gone after {took:.1f} s with a time-out of {heartbeat} s")
-    assert took < heartbeat + 5 + 5, took  # the 5 s of the promise, and as much for a busy machine
+    assert took < heartbeat + 5, took
     host = socket.gethostname()
     said = [re.findall(r"itune: the run on host .*last finished step: \d+.*", log) for log in logs]
     assert [len(lines) for lines in said] == [1, 1], logs

@@ -22,6 +22,7 @@ CLASSES: dict[str, str] = {
     "train.max_skipped": "may",
     "train.timeout": "may",
     "loss.chunk": "rounding",
+    "loss.blocks": "rounding",
     "model.attention": "rounding",
     "mesh": "rounding",
     "data.train": "data",

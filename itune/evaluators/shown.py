@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+SHOWN = 12  # parts of a breakdown
 FIRST = ("score", "loss", "accuracy", "exact", "rouge_l", "stopped", "n")  # what one line of a log has room for
 
 
@@ -38,13 +39,36 @@ def brief(summary: Mapping[str, Any], most: int = 4) -> str:
 
 
 def lines(summary: Mapping[str, Any], prefix: str) -> Iterator[str]:
-    """Every number of a summary with its path, one a line."""
+    """The numbers of a summary with their paths, one a line; of a breakdown the largest parts, one a line."""
     for name, value in summary.items():
         path = f"{prefix}/{name}"
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and name in ("categories", "sources"):
+            yield from breakdown(value, path)
+        elif isinstance(value, Mapping) and name == "groups":
+            for field, parts in value.items():
+                yield from breakdown(parts, f"{path}/{field}")
+        elif isinstance(value, Mapping):
             yield from lines(value, path)
         elif _numeric(value) and not is_bound(name):
             yield f"{path}  {number(summary, name)}"
+
+
+def largest(parts: Mapping[str, Any]) -> list[str]:
+    """The names of the parts of a breakdown with the most items, as many as are shown, in their own order."""
+    by_size = sorted(parts, key=lambda name: -parts[name].get("n", 0))[:SHOWN]
+    return [name for name in parts if name in by_size]
+
+
+def unseen(parts: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    """A line that counts the parts that are not shown, if any."""
+    if len(parts) > SHOWN:
+        yield f"{prefix}: {len(parts) - SHOWN} smaller ones are in the files and in `itune report`"
+
+
+def breakdown(parts: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    """The main numbers of the largest parts, one a line."""
+    yield from (f"{prefix}/{name}  {brief(parts[name])}" for name in largest(parts))
+    yield from unseen(parts, prefix)
 
 
 def paired_lines(found: Mapping[str, Any], prefix: str) -> Iterator[str]:
@@ -53,8 +77,9 @@ def paired_lines(found: Mapping[str, Any], prefix: str) -> Iterator[str]:
         return
     yield f"{prefix}: {paired_line(found)}"
     parts = found.get("categories", {})
-    for name, part in parts.items() if len(parts) > 1 else ():
-        yield f"{prefix}/{name}: {paired_line(part)}"
+    if len(parts) > 1:
+        yield from (f"{prefix}/{name}: {paired_line(parts[name])}" for name in largest(parts))
+        yield from unseen(parts, prefix)
 
 
 def paired_line(found: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
+from itune.models.affine import scaled, shifted
 from itune.models.architecture import ModelConfig, Rope
 from itune.types import InputError
 
@@ -179,7 +180,7 @@ class Dense(nn.Module):
             low = linear(x, self.get_variable(ADAPTERS, "a"), self.dtype)
             y = y + linear(low, self.get_variable(ADAPTERS, "b"), self.dtype)
         if self.bias:
-            y = y + self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype).astype(self.dtype)
+            y = shifted(y, self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype))
         return y
 
 
@@ -197,10 +198,9 @@ class RMSNorm(nn.Module):
         init = nn.initializers.zeros if c.norm_offset else nn.initializers.ones
         scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
         dtype = "float32" if c.norm_float32 else self.dtype
-        scale = scale.astype(dtype) + 1 if c.norm_offset else scale.astype(dtype)
         x32 = x.astype(jnp.float32)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + c.norm_eps)
-        return (scale * x32.astype(dtype)).astype(self.dtype)
+        return scaled(x32.astype(dtype), scale, int(c.norm_offset)).astype(self.dtype)
 
 
 class MLP(nn.Module):

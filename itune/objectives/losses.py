@@ -22,7 +22,9 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import Mesh, PartitionSpec
 
+from itune.objectives.blocks import cross_entropy_in_blocks
 from itune.sharding import spec
+from itune.types import InputError
 
 LogitsFn = Callable[[Any, Any], Any]
 
@@ -46,9 +48,13 @@ def chunked_cross_entropy(
     weights: Any,
     *,
     chunk: int = 1024,
+    blocks: int = 1,
     mesh: Mesh | None = None,
 ) -> CrossEntropy:
     """Weighted negative log-likelihood of `targets`, in float32, `chunk` tokens at a time on each device.
+
+    `blocks` above 1: where the kernel is differentiated, the vocabulary comes in as many parts (`objectives/blocks.py`:
+    less memory, a third more products). Only without a mesh or on one device.
 
     hidden: (B, L, D) or (T, D) in the compute dtype; targets int32 and weights float32 >= 0 of the leading shape.
     `logits_fn(kernel_VD, hidden_TD) -> logits_TV` float32 must treat each vocabulary entry alone (scale, softcap do):
@@ -56,8 +62,11 @@ def chunked_cross_entropy(
     hidden must be (B, L, D), its rows divisible by data x fsdp and its length by context.
     Gradients reach the kernel and the hidden states; targets and weights count as constants.
     """
+    if blocks > 1 and mesh is not None and mesh.size > 1:
+        raise InputError(f"config: loss.blocks={blocks} is for one device, the mesh has {mesh.size}; set it to 1 "
+                         "(fsdp and tensor divide the vocabulary)")
     kernel_VD, hidden, targets, weights = map(jnp.asarray, (kernel_VD, hidden, targets, weights))
-    static = _Static(logits_fn, chunk, mesh)
+    static = _Static(logits_fn, chunk, blocks, mesh)
     loss_sum, nll, correct = _cross_entropy(static, kernel_VD, hidden, targets, weights.astype(jnp.float32))
     return CrossEntropy(loss_sum, jax.lax.stop_gradient(nll), jax.lax.stop_gradient(correct))
 
@@ -65,8 +74,10 @@ def chunked_cross_entropy(
 class _Static(NamedTuple):
     logits_fn: LogitsFn
     chunk: int
+    blocks: int
     mesh: Mesh | None
     kernel_gradient: bool = True
+    gradient_dtype: Any = jnp.float32  # of the kernel, where its gradient is formed in blocks
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -99,6 +110,7 @@ def _run(static: _Static, with_gradients: bool, kernel_VD: Any, hidden: Any, tar
     """
     dtype, narrower = kernel_VD.dtype, hidden.dtype.itemsize < kernel_VD.dtype.itemsize
     kernel_VD = kernel_VD.astype(hidden.dtype) if narrower else kernel_VD  # once, and before devices exchange it
+    static = static._replace(gradient_dtype=dtype)
     result, gradients = _spread(static, with_gradients, kernel_VD, hidden, targets, weights)
     if gradients is not None and gradients[0] is not None:
         gradients = gradients[0].astype(dtype), gradients[1]
@@ -196,11 +208,14 @@ def _local(
     def write(array: Any, at: Any, values: Any) -> Any:
         return array.at[at].set(values, mode="drop", unique_indices=True, indices_are_sorted=True)
 
+    def read(array: Any, at: Any) -> Any:
+        return array.at[at].get(mode="clip")
+
     def turn(i: Any, carry: Any) -> Any:
         total, nll_T, correct_T, gradients = carry
         at = jax.lax.dynamic_slice_in_dim(places, i * chunk, chunk)
-        hidden_CD, targets_C, weights_C = (x.at[at].get(mode="clip") for x in (hidden_TD, targets_T, weights_T))
-        weights_C = jnp.where(at < tokens, weights_C, 0)
+        hidden_CD, targets_C = read(hidden_TD, at), read(targets_T, at)
+        weights_C = jnp.where(at < tokens, read(weights_T, at), 0)
         nll_C, correct_C, chunk_gradients = head(hidden_CD, targets_C, weights_C)
         if with_gradients:
             dkernel_VD, dhidden_TD = gradients
@@ -212,11 +227,23 @@ def _local(
         total += jnp.sum(weights_C * nll_C)
         return total, write(nll_T, at, nll_C), write(correct_T, at, correct_C), gradients
 
+    turns = (count + chunk - 1) // chunk
     zeros_T = jnp.zeros((tokens,), jnp.float32)
-    dkernel_VD = jnp.zeros(kernel_VD.shape, jnp.float32) if static.kernel_gradient else None
-    gradients = (dkernel_VD, jnp.zeros_like(hidden_TD)) if with_gradients else None
-    carry = (jnp.zeros((), jnp.float32), zeros_T, zeros_T, gradients)
-    total, nll_T, correct_T, gradients = jax.lax.fori_loop(0, (count + chunk - 1) // chunk, turn, carry)
+    if static.blocks > 1 and with_gradients and static.kernel_gradient:
+        weights_P = jnp.where(places < tokens, read(weights_T, places), 0)
+        nll_P, correct_P, dkernel_VD, dhidden_PD = cross_entropy_in_blocks(
+            static.logits_fn, kernel_VD, read(hidden_TD, places), read(targets_T, places), weights_P,
+            turns=turns, chunk=chunk, blocks=static.blocks, gradient_dtype=static.gradient_dtype,
+        )  # fmt: skip
+        total = jnp.sum(weights_P * nll_P)
+        nll_T, correct_T = write(zeros_T, places, nll_P), write(zeros_T, places, correct_P)
+        dhidden_TD = write(jnp.zeros_like(hidden_TD), places, dhidden_PD.astype(hidden_TD.dtype))
+        gradients: Any = dkernel_VD, dhidden_TD
+    else:
+        dkernel_VD = jnp.zeros(kernel_VD.shape, jnp.float32) if static.kernel_gradient else None
+        gradients = (dkernel_VD, jnp.zeros_like(hidden_TD)) if with_gradients else None
+        carry = (jnp.zeros((), jnp.float32), zeros_T, zeros_T, gradients)
+        total, nll_T, correct_T, gradients = jax.lax.fori_loop(0, turns, turn, carry)
     if gradients is not None:
         gradients = gradients[0], gradients[1].reshape(hidden.shape)
     return CrossEntropy(total, nll_T.reshape(targets.shape), correct_T.reshape(targets.shape)), gradients

@@ -26,6 +26,7 @@ def make_sft(
     weighting: str = "token",
     chunk: int = 1024,
     *,
+    blocks: int = 1,
     parameters: Callable[[Any, Any], Any] = full_parameters,
     router_aux: float = 0.0,
 ) -> Objective:
@@ -35,9 +36,10 @@ def make_sft(
     microbatch_mean: the mean over micro-batches (those that carry weight) of each one's weighted mean, as trainers did
     before they counted tokens globally; it depends on `train.accumulation`. sum: sum(w * nll), divided by nothing.
 
-    `chunk`: tokens whose logits exist at one time on each device. `parameters(trainable, frozen)`: what the model
-    reads. `router_aux` times the load-balancing loss of the routers joins what is minimised: each micro-batch's own,
-    their mean by weight. Raises InputError for an unknown weighting, and for `router_aux` on a model without experts.
+    `chunk`: tokens whose logits exist at one time on each device; `blocks`: parts of the vocabulary in which they do
+    (above 1 for one device only: less memory, a third more products of the head). `parameters(trainable, frozen)`: what
+    the model reads. `router_aux` times the load-balancing loss of the routers joins what is minimised: each
+    micro-batch's own, their mean by weight. Raises InputError for an unknown weighting, and for `router_aux` on a model without experts.
     """
     if weighting not in WEIGHTINGS:
         near = difflib.get_close_matches(weighting, WEIGHTINGS, n=1)
@@ -51,7 +53,7 @@ def make_sft(
     def cross_entropy(params: Any, hidden_BLD: Any, batch: Batch, weights_BL: Any) -> CrossEntropy:
         return chunked_cross_entropy(
             model.head_logits, model.unembed(params), hidden_BLD, batch.targets_BL, weights_BL, chunk=chunk,
-            mesh=model.mesh,
+            blocks=blocks, mesh=model.mesh,
         )
 
     def hidden(params: Any, batch: Batch, rng: Any) -> Any:

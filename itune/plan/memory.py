@@ -73,14 +73,15 @@ def head_bytes(layout: Layout) -> int:
     m, sizes = layout.model.config, layout.sizes
     fsdp, t = sizes["fsdp"], sizes["tensor"]
     vocab, chunk = m.vocab_size / t, min(layout.config.loss.chunk, layout.tokens)
-    logits = chunk * vocab * (4 + layout.width_bytes)
+    blocks = layout.config.loss.blocks
+    logits = chunk * vocab * (4 + layout.width_bytes) / blocks
     hidden = 2 * layout.tokens * m.width * layout.width_bytes
     kernel_gradient = 0 if layout.config.lora.rank else 1
     if fsdp > 1 and visits_vocabulary(sizes, (m.vocab_size, m.width), layout.tokens * fsdp):
         part = vocab / fsdp * m.width
         visitors = fsdp * chunk * m.width * (4 + layout.width_bytes)
         return int(logits + hidden + part * (8 * kernel_gradient + layout.width_bytes) + visitors)
-    whole = layout.width_bytes + kernel_gradient * (4 if fsdp > 1 else 8)
+    whole = layout.width_bytes + kernel_gradient * (4 if fsdp > 1 else 4 + 4 / blocks)
     return int(logits + hidden + vocab * m.width * whole)
 
 

@@ -81,3 +81,11 @@ def test_no_rate_stands_alone():
     assert shown.brief(summary) == "score 0.5 (0.4 to 0.6), exact 0.25 (0.2 to 0.3), n 600"
     assert list(shown.lines({"a": summary}, "x")) == ["x/a/n  600", "x/a/score  0.5 (0.4 to 0.6)",
                                                       "x/a/exact  0.25 (0.2 to 0.3)"]  # fmt: skip
+
+
+def test_of_a_long_breakdown_the_largest_parts_are_shown():
+    parts = {f"task-{number}": {"n": number, "score": 0.5, "low": 0.4, "high": 0.6} for number in range(40)}
+    said = list(shown.lines({"n": 780, "categories": parts, "groups": {"kind": {"a": {"n": 3}}}}, "x"))
+    assert said[:2] == ["x/n  780", "x/categories/task-28  score 0.5 (0.4 to 0.6), n 28"]
+    assert said[-2:] == ["x/categories: 28 smaller ones are in the files and in `itune report`", "x/groups/kind/a  n 3"]
+    assert len(said) == 1 + 12 + 1 + 1

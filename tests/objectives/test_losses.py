@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from itune.models.layers import linear
 from itune.objectives.losses import chunked_cross_entropy
 from itune.sharding import make_mesh, named
+from itune.types import InputError
 
 B, L, D, V = 4, 12, 8, 32
 
@@ -44,12 +45,14 @@ def inputs():
     )
 
 
-@pytest.mark.parametrize("logits_fn, chunk", [(plain, 5), (capped, 16), (plain, 1000)])
-def test_equals_full_logits_and_their_gradients(inputs, logits_fn, chunk):
+@pytest.mark.parametrize("logits_fn, chunk, blocks", [
+    (plain, 5, 1), (capped, 16, 1), (plain, 1000, 1), (plain, 5, 4), (capped, 16, 5), (plain, 1000, V),
+])  # fmt: skip
+def test_equals_full_logits_and_their_gradients(inputs, logits_fn, chunk, blocks):
     kernel, hidden, targets, weights = inputs
 
     def loss(kernel, hidden):
-        result = chunked_cross_entropy(logits_fn, kernel, hidden, targets, weights, chunk=chunk)
+        result = chunked_cross_entropy(logits_fn, kernel, hidden, targets, weights, chunk=chunk, blocks=blocks)
         return 0.5 * result.loss_sum, result
 
     gradients, result = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(kernel, hidden)
@@ -113,6 +116,38 @@ def test_full_logits_never_exist(inputs):
     assert max(sizes(jax.make_jaxpr(jax.grad(loss, (0, 1)))(kernel, hidden).jaxpr)) <= max(B * L * D, V * D, 8 * V)
 
 
+def products(jaxpr):
+    """(dtype, number of elements) of every matrix product."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield str(equation.outvars[0].aval.dtype), int(np.prod(equation.outvars[0].aval.shape))
+        for inner in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from products(inner)
+
+
+@pytest.mark.parametrize("blocks", [1, 4])
+def test_in_blocks_only_a_block_of_the_kernel_has_a_float32_gradient(inputs, blocks):
+    kernel, hidden, targets, weights = inputs
+    kernel, hidden = jnp.asarray(kernel, jnp.bfloat16), jnp.asarray(hidden, jnp.bfloat16)
+
+    def logits_fn(kernel, hidden):
+        return linear(hidden, kernel, "bfloat16", "float32")
+
+    def loss(kernel, hidden):
+        return chunked_cross_entropy(logits_fn, kernel, hidden, targets, weights, chunk=2, blocks=blocks).loss_sum
+
+    step = jax.grad(loss, (0, 1))
+    assert max(products(jax.make_jaxpr(step)(kernel, hidden).jaxpr)) == ("float32", V * D // blocks)
+    assert [gradient.dtype for gradient in step(kernel, hidden)] == [jnp.bfloat16] * 2
+
+
+def test_blocks_on_a_mesh_are_refused(inputs):
+    with pytest.raises(InputError, match=r"loss\.blocks=4 is for one device, the mesh has 8; set it to 1"):
+        chunked_cross_entropy(plain, *inputs, blocks=4, mesh=make_mesh({"fsdp": 8}))
+
+
 @pytest.mark.parametrize("vocabulary", [V, V - 1, V - 2, 10])
 def test_on_a_mesh_as_on_one_device_without_gathering_hidden_or_logits(inputs, vocabulary):
     """A vocabulary that tensor divides, that nothing divides, that fsdp does not divide, and one of few entries."""
@@ -141,7 +176,8 @@ def test_on_a_mesh_as_on_one_device_without_gathering_hidden_or_logits(inputs, v
     assert all(f"{B},{L}" not in line.split(" all-gather(")[0] for line in gathered), gathered
 
 
-def test_bfloat16_products_with_float32_losses(inputs):
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_bfloat16_products_with_float32_losses(inputs, blocks):
     kernel, hidden, targets, weights = inputs
     hidden = jnp.asarray(hidden, jnp.bfloat16)
 
@@ -149,7 +185,7 @@ def test_bfloat16_products_with_float32_losses(inputs):
         return linear(hidden, kernel, "bfloat16", "float32")
 
     def loss(kernel, hidden):
-        return chunked_cross_entropy(logits_fn, kernel, hidden, targets, weights, chunk=5).loss_sum
+        return chunked_cross_entropy(logits_fn, kernel, hidden, targets, weights, chunk=5, blocks=blocks).loss_sum
 
     step = jax.jit(jax.value_and_grad(loss, (0, 1)))
     value, gradients = step(kernel, hidden)

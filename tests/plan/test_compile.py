@@ -112,8 +112,10 @@ def test_a_shared_sequence_is_whole_in_keys_and_values_only(model_15m):
 
 
 @needs_libtpu
-def test_devices_exchange_no_activation_of_a_whole_sequence_and_no_logits(compiled):
-    plan, program = compiled
+@pytest.mark.parametrize("copies", [1, 2])
+def test_devices_exchange_no_activation_of_a_whole_sequence_and_no_logits(compiled, model_15m, copies):
+    plan, program = compiled if copies == 1 else _compile(model_15m, **{"mesh.data": copies, "mesh.fsdp": 2})
+    assert plan.mesh.shape["data"] == copies
     config = plan.model.config
     gathered = [
         dims
@@ -125,6 +127,7 @@ def test_devices_exchange_no_activation_of_a_whole_sequence_and_no_logits(compil
     ), "the layers' kernels are gathered nowhere: the test looks in the wrong place"
     for dims in gathered:
         assert math.prod(dims) < ROWS * LENGTH * config.width, f"{dims}: as large as the hidden states of all rows"
+        assert LENGTH not in dims or copies == 1, f"{dims}: tokens of several copies"
         assert not {config.vocab_size, config.vocab_size // DEVICES} & set(dims), f"{dims}: over the vocabulary"
 
 

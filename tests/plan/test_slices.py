@@ -63,10 +63,7 @@ def test_copies_on_two_slices_exchange_sums_of_gradients(small_model):
     assert {next(arrays(one.shape))[0] for one in large} == {"f32"}
     total = sum(one.bytes for one in large)  # 2 x 1/2 of what a device holds; 32 columns are padded to 128
     assert 4 * layers / INSIDE <= total <= 1.1 * 4 * layers / INSIDE + 4 * table / INSIDE * 4
-    # besides sums: the embedding's rows, whose gradients XLA exchanges before it adds them, of one device's tokens
-    others = [one for one in crossing if one.kind != "all-reduce"]
-    hidden = ahead.ROWS * 256 * plan.model.config.width
-    assert all(one.times == 1 and math.prod(dims_of(one)) <= hidden / INSIDE for one in others), others
+    assert [one for one in crossing if one.kind != "all-reduce"] == []
 
 
 @pytest.mark.soak
