@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from itune.models.architecture import LayerKind, ModelConfig, Rope, layer_plan
 from itune.models.attention import attention
 from itune.models.attention.cache import read, write
 from itune.models.layers import ADAPTERS, MLP, Dense, RMSNorm, rope_tables, rotate
+from itune.models.lookup import lookup
 from itune.models.moe import BALANCE, MoE
 from itune.sharding import constrain
 from itune.types import InputError
@@ -227,25 +228,8 @@ class Embed(nn.Module):
         c, s = self.config, self.settings
         init = nn.initializers.normal(c.init_std)
         embedding_VD = self.param("embedding", init, (c.vocab_size, c.width), s.param_dtype)
-        rows_BLD = lookup(embedding_VD, tokens_BL, s.mesh).astype(s.dtype)
+        rows_BLD = lookup(embedding_VD, tokens_BL, s.dtype, s.mesh)
         return rows_BLD if c.embed_scale == 1 else rows_BLD * jnp.asarray(c.embed_scale, s.dtype)
-
-
-def lookup(embedding_VD: jax.Array, tokens_BL: jax.Array, mesh: Mesh | None) -> jax.Array:
-    """Rows of the embedding, (B, L, D) in its dtype.
-
-    Each copy of the weights (mesh axis `data`) looks up its own tokens and sums their gradients into its own table; the
-    tables are summed over the copies once. Left to itself, XLA gathers the gradients of all copies' hidden states.
-    """
-    copies = 1 if mesh is None else mesh.shape["data"]
-    if copies == 1 or tokens_BL.shape[0] % copies:
-        return jnp.take(embedding_VD, tokens_BL, axis=0)
-    rows = PartitionSpec("data")
-    own = jax.shard_map(
-        lambda embedding_VD, tokens_BL: jnp.take(embedding_VD, tokens_BL, axis=0),
-        mesh=mesh, in_specs=(PartitionSpec(), rows), out_specs=rows, axis_names={"data"},
-    )  # fmt: skip
-    return own(embedding_VD, tokens_BL)
 
 
 class Head(nn.Module):

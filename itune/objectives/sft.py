@@ -39,7 +39,8 @@ def make_sft(
     `chunk`: tokens whose logits exist at one time on each device; `blocks`: parts of the vocabulary in which they do
     (above 1 for one device only: less memory, a third more products of the head). `parameters(trainable, frozen)`: what
     the model reads. `router_aux` times the load-balancing loss of the routers joins what is minimised: each
-    micro-batch's own, their mean by weight. Raises InputError for an unknown weighting, and for `router_aux` on a model without experts.
+    micro-batch's own, their mean by weight. Raises InputError for an unknown weighting, and for `router_aux` on a
+    model without experts.
     """
     if weighting not in WEIGHTINGS:
         near = difflib.get_close_matches(weighting, WEIGHTINGS, n=1)

@@ -66,7 +66,7 @@ def collectives(text: str, unknown_trips: int = 1) -> list[Collective]:
     """Every collective of the program. A loop without a constant bound counts `unknown_trips` times.
 
     XLA may spread one collective over several fusions that compute beside it; they share its channel, and it counts
-    once.
+    once. Those of `shard_map` all have the same channel: they are told apart by their shape and where they come from.
     """
     bodies = computations(text)
     seen: dict[str, Collective] = {}
@@ -76,8 +76,9 @@ def collectives(text: str, unknown_trips: int = 1) -> list[Collective]:
             if kind not in KINDS:
                 continue
             channel = re.search(r"channel_id=(\d+)", instruction.rest)
-            key = f"channel {channel[1]}" if channel else f"{name} {index}"
             one = _collective(kind, instruction, times, name)
+            what = f"{kind} {list(arrays(one.shape))} {one.source}"
+            key = f"channel {channel[1]} {what}" if channel else f"{name} {index}"
             if key not in seen or times < seen[key].times:  # the rarest is its start
                 seen[key] = one
     return list(seen.values())

@@ -140,3 +140,17 @@ def test_what_slices_exchange_is_told_from_what_stays_inside_one():
     assert first == ("all-reduce", "f32[64]", 4, 9, 64 * 4 * 2 * 3 / 4, "all-reduce.1_0")  # 1 to 9
     assert second == ("all-to-all", "bf16[2,8]", 2, 1, 16 * 2 / 2, "all-to-all.7_0")
     assert [(one.kind, one.group) for one in collectives(SLICES)] == [("all-reduce", 4)]
+
+
+def test_collectives_of_shard_map_share_a_channel_and_all_count():
+    text = """HloModule jit_step
+
+ENTRY %main (x: bf16[8,64]) -> bf16[64,64] {
+  %x = bf16[8,64]{1,0} parameter(0)
+  %a = bf16[64,64]{1,0} all-gather(%x), channel_id=1, replica_groups={{0,1,2,3,4,5,6,7}}, metadata={op_name="a"}
+  %b = bf16[64,64]{1,0} all-gather(%x), channel_id=1, replica_groups={{0,1,2,3,4,5,6,7}}, metadata={op_name="b"}
+  ROOT %c = bf16[8,64]{1,0} all-to-all(%a), channel_id=1, replica_groups={{0,1,2,3,4,5,6,7}}, metadata={op_name="a"}
+}
+"""
+    assert sorted((one.kind, one.source) for one in collectives(text)) == [
+        ("all-gather", "a"), ("all-gather", "b"), ("all-to-all", "a")]
