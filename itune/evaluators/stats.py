@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
+from statistics import NormalDist
 
 import numpy as np
-from scipy import special  # jax requires scipy: no dependency of our own
 
 Z95 = 1.959963984540054
 
@@ -99,7 +99,7 @@ def standard_error(values: Sequence[float], clusters: Sequence[Hashable]) -> flo
 
 def minimum_detectable_difference(error: float, power: float = 0.8) -> float:
     """The smallest true difference that a two-sided 5 % test with this standard error finds with this probability."""
-    return (Z95 + float(special.ndtri(power))) * error
+    return (Z95 + NormalDist().inv_cdf(power)) * error
 
 
 def paired_error(n: int, discordance: float = 0.3) -> float:
@@ -130,6 +130,8 @@ def _bootstrap(
     Where all clusters agree the bootstrap has no spread and would claim certainty. There the bound is that of zero
     events: with C clusters, a share up to 1 - 0.05**(1/C) of all tasks may be as far away as the scale allows.
     """
+    from scipy.special import stdtrit  # jax requires scipy: no dependency of our own, and a slow import
+
     if not counts.sum():
         return 0.0, floor, ceiling
     sums, counts = sums[counts > 0], counts[counts > 0]
@@ -143,7 +145,7 @@ def _bootstrap(
     for start in range(0, resamples, 250):  # 10,000 clusters at once would take gigabytes
         draws = rng.multinomial(number, np.full(number, 1 / number), size=min(250, resamples - start))
         means.append((draws @ sums) / (draws @ counts))
-    t95 = special.stdtrit(number - 1, 0.975)
-    tail = float(special.ndtr(-math.sqrt(number / (number - 1)) * t95))
+    t95 = float(stdtrit(number - 1, 0.975))
+    tail = NormalDist().cdf(-math.sqrt(number / (number - 1)) * t95)
     low, high = np.quantile(np.concatenate(means), [tail, 1 - tail])
     return mean, max(floor, float(low)), min(ceiling, float(high))
