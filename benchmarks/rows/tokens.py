@@ -119,8 +119,8 @@ ROW = Row(
     title=f"Training on {EXAMPLES} conversations of P3 and GSM8K of at most {LENGTH} tokens, 15M-parameter Llama, "
     "float32: real tokens of the steps after the first.",
     note="itune packs 4 rows a step, in two micro-batches, and keeps the products only (train.remat=dots); trl: "
-    "SFTConfig's defaults (8 padded rows), without checkpointing, which would slow it; trl_packed: bfd, 4 rows of 1,024 "
-    "tokens a step, each a micro-batch. The losses of the first 24 examples agree within 1e-4.",
+    "SFTConfig's defaults (8 padded rows), without checkpointing, which would slow it; trl_packed: bfd, 4 rows of "
+    "1,024 tokens a step, each a micro-batch. The losses of the first 24 examples agree within 1e-4.",
     sides={"itune": itune, "trl": trl, "trl_packed": packed},
     prepare=prepare,
     equal=(("example_losses", 1e-4),),
