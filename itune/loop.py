@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from itune import evaluators
+from itune.ahead import Ahead
 from itune.checkpoint import Store
 from itune.checkpoint.mirror import mirrored
 from itune.config import Config
@@ -128,8 +129,9 @@ class Run:
         if (step := self.store.newest_good()) is not None:
             saved = self.store.read(step)
             check_resume(self.workdir, saved, self.config, None, self.log)
+        self.ahead = Ahead(self.config)
         with self._timed("data"):
-            data = prepare_data(self.config, self.log)
+            data = prepare_data(self.config, self.log, *(() if saved else (self.ahead.begin,)))
         plan = make_plan(self.config, data, self.log)
         self.data, self.plan, self.total = data, plan, data.loader.total_steps
         if saved:
@@ -168,9 +170,8 @@ class Run:
     def _start_state(self, resumed: bool) -> tuple[Any, Any]:
         """The state to go on from and the compiled step; it compiles while weights are read and the base is judged."""
         plan = self.plan
-        compile_step = self._timed("compile")(lambda: plan.step.lower(plan.state, plan.batch).compile())
         with ThreadPoolExecutor(1) as pool:
-            compiling = pool.submit(compile_step)
+            compiling = pool.submit(self._timed("compile")(lambda: self.ahead.step(plan)))
             with self._timed("weights"):
                 if resumed:
                     state = resumed_state(plan, self.store, self.done, self.data.tokenizer, self.log)

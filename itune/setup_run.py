@@ -53,8 +53,11 @@ class Plan:
     batch: Batch  # of ShapeDtypeStructs with shardings
 
 
-def prepare_data(config: Config, log: Log) -> Data:
-    """Read, render, pack; says what is kept and what is dropped. Touches no device and reads no weights."""
+def prepare_data(config: Config, log: Log, tokenizer_known: Callable[[Any], None] = lambda tokenizer: None) -> Data:
+    """Read, render, pack; says what is kept and what is dropped. Touches no device and reads no weights.
+
+    `tokenizer_known(tokenizer)` is called before the data are read.
+    """
     from itune.data.dataset import prepare
     from itune.data.loader import make_loader
     from itune.data.templates import load_tokenizer
@@ -64,6 +67,7 @@ def prepare_data(config: Config, log: Log) -> Data:
     if not config.data.train:
         raise InputError("config: data.train is empty; set it to a file, a folder or a dataset id")
     tokenizer = load_tokenizer(config.model.path, config.data.chat_template, config.model.revision or None)
+    tokenizer_known(tokenizer)
     dataset = prepare(config.data, tokenizer, seed=config.seed, log=log)
     loader = make_loader(config, dataset.train)
     dataset.report["mixture"] = loader.realised()

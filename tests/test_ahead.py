@@ -1,0 +1,84 @@
+"""The training step compiles while the data are read, once, and is the run's own."""
+
+from __future__ import annotations
+
+import threading
+
+import jax
+import pytest
+import tiny_run
+
+import itune.ahead
+import itune.data.dataset
+from itune.config import load_config
+from itune.loop import train
+from itune.types import InputError
+from itune.writers import read_metrics
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    tiny_run.make_inputs(folder)
+    return folder
+
+
+@pytest.fixture
+def compiling(monkeypatch):
+    """The threads that compiled a step, and an event for the first."""
+    threads, begun, real = [], threading.Event(), itune.ahead.compiled
+
+    def noted(plan):
+        threads.append(threading.current_thread())
+        begun.set()
+        return real(plan)
+
+    monkeypatch.setattr(itune.ahead, "compiled", noted)
+    return threads, begun
+
+
+def settings(folder, **changes):
+    return load_config("default", {
+        "model.path": str(folder / "model"), "data.train": str(folder / "rows.jsonl"), "data.max_length": 48,
+        "data.cache_dir": str(folder / "cache"), "train.batch_size": 8, "evaluators": (), "log.tensorboard": False,
+        "log.every": 1, **changes,
+    })  # fmt: skip
+
+
+def losses(workdir):
+    return [record["loss"] for record in read_metrics(workdir / "metrics.jsonl")]
+
+
+def test_it_compiles_once_while_the_data_are_read(folder, tmp_path, compiling, monkeypatch):
+    threads, begun = compiling
+    real = itune.data.dataset.prepare
+
+    def prepare(*given, **more):
+        assert begun.wait(60), "nothing compiled while the data were read"
+        return real(*given, **more)
+
+    monkeypatch.setattr(itune.data.dataset, "prepare", prepare)
+    train(settings(folder, **{"train.max_steps": 3}), tmp_path / "early")
+    assert len(threads) == 1 and threads[0] is not threading.main_thread()
+    monkeypatch.undo()
+    monkeypatch.setattr(jax, "default_backend", lambda: "another")  # where it does not compile early
+    train(settings(folder, **{"train.max_steps": 3}), tmp_path / "late")
+    assert losses(tmp_path / "early") == losses(tmp_path / "late")
+
+
+def test_without_a_number_of_steps_it_waits_for_the_data(folder, tmp_path, compiling, monkeypatch):
+    threads, _ = compiling
+    real = itune.data.dataset.prepare
+
+    def prepare(*given, **more):
+        assert not threads
+        return real(*given, **more)
+
+    monkeypatch.setattr(itune.data.dataset, "prepare", prepare)
+    train(settings(folder, **{"train.epochs": 0.5}), tmp_path / "run")
+    assert len(threads) == 1
+
+
+def test_a_fault_of_the_config_is_said_once_and_by_the_run(folder, tmp_path, compiling):
+    with pytest.raises(InputError, match=r"train\.batch_size"):
+        train(settings(folder, **{"train.max_steps": 3, "train.batch_size": 3}), tmp_path / "run")
