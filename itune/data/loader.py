@@ -167,28 +167,44 @@ def build_batch(store: ExampleStore, members: Sequence[np.ndarray], rows: int, m
 
     The shift happens here: targets_BL is the next token of the same segment; a segment's last token has weight 0.
     """
-    shape = rows, max_length
-    tokens_BL, targets_BL, segment_ids_BL, positions_BL = (np.zeros(shape, np.int32) for _ in range(4))
-    loss_weights_BL = np.zeros(shape, np.float32)
     counts = np.asarray([len(row) for row in members], np.int64)
-    if counts.sum():
-        index = np.concatenate(members)
-        sizes, first = store.lengths[index].astype(np.int64), np.repeat(np.cumsum(counts) - counts, counts)
-        before = np.cumsum(sizes) - sizes  # tokens before each example, over all rows
-        row_start = np.repeat(np.arange(len(members)) * max_length, counts)
-        # every token of the batch at once: where it is read, and where in the flat arrays it is written
-        position = np.arange(sizes.sum()) - np.repeat(before, sizes)
-        place = np.repeat(row_start + before - before[first], sizes) + position
-        source = np.repeat(store.offsets[index], sizes) + position
-        tokens_BL.ravel()[place] = store.tokens[source]
-        segment_ids_BL.ravel()[place] = np.repeat(np.arange(len(index)) - first + 1, sizes)
-        positions_BL.ravel()[place] = position
-        followed = np.ones(len(place), bool)
-        followed[np.cumsum(sizes) - 1] = False
-        place, source = place[followed], source[followed] + 1
-        targets_BL.ravel()[place] = store.tokens[source]
-        loss_weights_BL.ravel()[place] = store.weights[source]
-    return Batch(tokens_BL, targets_BL, loss_weights_BL, segment_ids_BL, positions_BL)
+    if not counts.sum():
+        return _padding(rows, max_length)
+    index = np.concatenate(members)
+    sizes, begins = store.lengths[index].astype(np.int64), store.offsets[index].astype(np.int64)
+    flat = _flat(store, begins, sizes, np.repeat(np.cumsum(counts) - counts, counts))
+    if len(flat.tokens_BL) == rows * max_length:  # packed to the brim
+        return Batch(*(values.reshape(rows, max_length) for values in flat))
+    batch = _padding(rows, max_length)
+    filled = np.bincount(np.repeat(np.arange(len(members)), counts), sizes, len(members)).astype(np.int64)
+    ends = np.cumsum(filled)
+    for b, (start, end) in enumerate(zip((ends - filled).tolist(), ends.tolist())):
+        for array_BL, values in zip(batch, flat):
+            array_BL[b, : end - start] = values[start:end]
+    return batch
+
+
+def _padding(rows: int, max_length: int) -> Batch:
+    types = (np.float32 if name == "loss_weights_BL" else np.int32 for name in Batch._fields)
+    return Batch(*(np.zeros((rows, max_length), dtype) for dtype in types))
+
+
+def _flat(store: ExampleStore, begins: np.ndarray, sizes: np.ndarray, first: np.ndarray) -> Batch:
+    """The arrays of a batch for examples one after another, as they lie in rows without padding.
+
+    `begins`, `sizes`: where they are in the store; `first`: place in their order of the first example of their row.
+    """
+    spans = list(zip(begins.tolist(), (begins + sizes).tolist()))
+    all_tokens, all_weights = np.asarray(store.tokens), np.asarray(store.weights)  # slices of a memory map are slow
+    tokens = np.concatenate([all_tokens[begin:end] for begin, end in spans], dtype=np.int32)
+    weights = np.concatenate([all_weights[begin:end] for begin, end in spans], dtype=np.float32)
+    ends = np.cumsum(sizes)
+    targets, shifted = np.zeros_like(tokens), np.zeros_like(weights)
+    targets[:-1], shifted[:-1] = tokens[1:], weights[1:]
+    targets[ends - 1] = shifted[ends - 1] = 0
+    positions = np.arange(ends[-1], dtype=np.int32) - np.repeat((ends - sizes).astype(np.int32), sizes)
+    segments = np.repeat((np.arange(len(sizes)) - first + 1).astype(np.int32), sizes)
+    return Batch(tokens, targets, shifted, segments, positions)
 
 
 class EvalBatches(Sequence[Batch]):
