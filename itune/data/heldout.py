@@ -46,13 +46,16 @@ def decontaminate(
     """
     if remove not in ("train", "held_out"):
         raise InputError(f"decontaminate: remove={remove!r}; expected 'train' or 'held_out'")
-    pieces = _pieces(held_out), _pieces(train, shortest=1)
-    whole = contamination.Comparison(pieces[0].texts, pieces[1].texts)
     keep_held, keep_train = np.ones(len(held_out), bool), np.ones(len(train), bool)
     found: list[Finding] = []
-    while True:  # what counts as a template depends on the rows that are left, so look again until nothing is found
+    compared = None
+    if held_out:  # training rows are not taken apart for nothing
+        pieces = _pieces(held_out), _pieces(train, shortest=1)
+        whole = contamination.Comparison(pieces[0].texts, pieces[1].texts)
+    while held_out:  # what counts as a template depends on the rows that are left, so look again until nothing is found
         chosen = [np.nonzero(keep[part.rows])[0] for keep, part in zip((keep_held, keep_train), pieces)]
-        result = whole.subset(*chosen).overlap(grams, cosine)
+        compared = whole.subset(*chosen)
+        result = compared.overlap(grams, cosine)
         hits = np.nonzero(result.match >= 0)[0]
         if not len(hits):
             break
@@ -65,7 +68,7 @@ def decontaminate(
         keep = keep_train if remove == "train" else keep_held
         keep[rows if remove == "train" else items] = False
     kept_train, kept_held = np.nonzero(keep_train)[0].tolist(), np.nonzero(keep_held)[0].tolist()
-    proof = _proof([train[i] for i in kept_train], [held_out[i] for i in kept_held], whole.subset(*chosen), minimum)
+    proof = _proof([train[i] for i in kept_train], [held_out[i] for i in kept_held], compared, minimum)
     proof["thresholds"] = {"8-gram": grams, "tf-idf": cosine}
     proof["removed"] = {"from": remove, "rows": len(found), "reasons": tally(found).get("contamination", {})}
     return Decontaminated(tuple(kept_train), tuple(kept_held), tuple(found), proof)
@@ -122,7 +125,10 @@ def prove(
 
 
 def _proof(
-    train: Sequence[Conversation], held_out: Sequence[Conversation], compared: contamination.Comparison, minimum: int
+    train: Sequence[Conversation],
+    held_out: Sequence[Conversation],
+    compared: contamination.Comparison | None,
+    minimum: int,
 ) -> dict[str, Any]:
     prompts = [words.prompt_text(row) for row in held_out]
     hashes = [hashlib.sha256(words.normalise(text).encode()).hexdigest() for text in prompts]
@@ -130,9 +136,11 @@ def _proof(
     if novel < minimum:
         raise InputError(f"held out: {novel} distinct novel prompts remain of {len(held_out)} items; data.novel_min "
                        f"asks for {minimum}. Hold out more groups (data.held_out_share) or lower data.novel_min")
-    first_piece = np.unique(_pieces(held_out).rows, return_index=True)[1]  # an item's whole prompt
-    near, score = (part[first_piece] for part in compared.nearest())
-    row_of_text = _pieces(train, shortest=1).rows
+    near, score = np.zeros(0, np.int64), np.zeros(0, np.float32)
+    if held_out and compared is not None:
+        first_piece = np.unique(_pieces(held_out).rows, return_index=True)[1]  # an item's whole prompt
+        near, score = (part[first_piece] for part in compared.nearest())
+        row_of_text = _pieces(train, shortest=1).rows
     items = [
         {
             "address": str(row.address),

@@ -123,9 +123,9 @@ def language(text: str, least: int = 2) -> tuple[str, float]:
     found = _WORD.findall(text.lower().replace("\u2019", "'"))
     if not found:
         return "", 0.0
-    scores = {}
+    scores, known = {}, [word for word in found if word in _SHARED]
     for name, listed in FUNCTION_WORDS.items():
-        hits = [word for word in found if word in listed]
+        hits = [word for word in known if word in listed]
         if len(set(hits)) >= least:
             scores[name] = sum(1 / _SHARED[word] for word in hits) / len(found)
     if not scores:
