@@ -68,12 +68,14 @@ def test_bfloat16_stays_near():
 
 
 def test_reads_only_blocks_that_share_a_segment():
-    segments = np.repeat(np.arange(1, 9), 128)[None]  # eight blocks, each a segment of its own
+    block = cpu.BLOCK
+    segments = np.repeat(np.arange(1, 9), block)[None]  # eight blocks, each a segment of its own
     static = cpu._Static(8, 1, None, 1.0, None)
-    assert cpu._first_blocks(static, segments.reshape(8, 128)).tolist() == list(range(8))
-    whole = np.ones((8, 128), np.int32)
+    assert cpu._first_blocks(static, segments.reshape(8, block)).tolist() == list(range(8))
+    whole = np.ones((8, block), np.int32)
     assert cpu._first_blocks(static, whole).tolist() == [0] * 8
-    assert cpu._first_blocks(static._replace(window=200), whole).tolist() == [0, 0, 0, 1, 2, 3, 4, 5]
+    window = block + block // 2 + 4  # the first query of a block reaches into the second block before it
+    assert cpu._first_blocks(static._replace(window=window), whole).tolist() == [0, 0, 0, 1, 2, 3, 4, 5]
     padded = whole.copy()
     padded[5:] = 0
     assert cpu._first_blocks(static, padded).tolist() == [0] * 5 + [5, 6, 7]
