@@ -80,7 +80,7 @@ def assert_same_run(a, b):
 def check(campaign, points):
     whole, codes, _ = campaign("whole", [])
     assert codes == [0], whole.with_suffix(".log").read_text()[-2000:]
-    killed, codes, marks = campaign("killed", points)
+    killed, codes, marks = campaign(f"killed-{len(points)}", points)
     log = killed.with_suffix(".log").read_text()
     assert codes == [-9] * len(points) + [0], log[-2000:]
     committed = goes_on = 0
