@@ -125,7 +125,10 @@ def test_devices_exchange_no_activation_of_a_whole_sequence_and_no_logits(compil
     assert any(config.mlp_width in dims for dims in gathered) or any(
         one.kind == "collective-permute" for one in collectives(program.text)
     ), "the layers' kernels are gathered nowhere: the test looks in the wrong place"
+    table = config.vocab_size, config.width // plan.mesh.shape["fsdp"]  # its gradient is summed over copies
     for dims in gathered:
+        if copies > 1 and dims == table:
+            continue
         assert math.prod(dims) < ROWS * LENGTH * config.width, f"{dims}: as large as the hidden states of all rows"
         rows = LENGTH in dims and math.prod(dims) >= ROWS * LENGTH * config.width // DEVICES
         assert not rows, f"{dims}: hidden states of several copies"
