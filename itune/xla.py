@@ -26,9 +26,6 @@ _BESIDE = "a collective travels while a product runs; MaxText and axlearn set it
 TABLE = (
     Option("cpu", "xla_cpu_use_fusion_emitters", False,
            "programs run as fast and compile in two thirds of the time; from 0.11 on there is no such switch", (0, 11)),
-    Option("cpu", "xla_cpu_experimental_ynn_fusion_type", "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
-           "a training step takes 0.85x the CPU-seconds it takes where products are fused with what surrounds them",
-           (0, 13)),
     Option("TPU v6 lite", "xla_tpu_scoped_vmem_limit_kib", "98304",
            "three quarters of the 128 MiB beside a v6e core, for larger fusions; libtpu takes a fraction of it"),
     *(Option("TPU v5 lite", name, "true", _BESIDE) for name in (
