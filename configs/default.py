@@ -88,7 +88,7 @@ def get_config() -> ConfigDict:
     c.loss = ConfigDict()
     c.loss.weighting = "token"  # token | example | microbatch_mean | sum
     c.loss.chunk = 1024  # tokens whose logits exist at one time
-    c.loss.blocks = 1  # parts of the vocabulary, on one device: more take less memory and a third more products of the head
+    c.loss.blocks = 1  # parts of the vocabulary, on one device: more take less memory, and a third more products
     c.loss.router_aux = 0.0  # coefficient of the load-balancing loss of a mixture of experts; 0 is off
 
     c.train = ConfigDict()
