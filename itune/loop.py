@@ -129,9 +129,9 @@ class Run:
         if (step := self.store.newest_good()) is not None:
             saved = self.store.read(step)
             check_resume(self.workdir, saved, self.config, None, self.log)
-        self.ahead = Ahead(self.config)
+        self.ahead = Ahead(self.config, early=saved is None)  # a finished run needs no step
         with self._timed("data"):
-            data = prepare_data(self.config, self.log, *(() if saved else (self.ahead.begin,)))
+            data = prepare_data(self.config, self.log, self.ahead.begin)
         plan = make_plan(self.config, data, self.log)
         self.data, self.plan, self.total = data, plan, data.loader.total_steps
         if saved:
