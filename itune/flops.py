@@ -35,10 +35,14 @@ def matrix_parameters(config: Any) -> int:
     attention = config.width * config.head_dim * (2 * config.num_heads + 2 * config.num_kv_heads)
     dense = 3 * config.width * config.mlp_width
     layers = sum(
-        attention + (dense if e is None else config.width * (3 * e.chosen * e.width + e.count))
-        for e in (kind.experts for kind in config.kinds)
+        attention + (dense if e is None else config.width * e.count) for e in (kind.experts for kind in config.kinds)
     )
-    return layers + config.width * config.vocab_size
+    return layers + expert_parameters(config) + config.width * config.vocab_size
+
+
+def expert_parameters(config: Any) -> int:
+    """The part of N_mat that the experts of all layers hold: of a layer's experts, those that a token chooses."""
+    return sum(3 * config.width * e.chosen * e.width for e in (kind.experts for kind in config.kinds) if e)
 
 
 def windows(config: Any) -> tuple[int | None, ...]:

@@ -56,7 +56,10 @@ def model_flops(layout: Layout, positions_L: np.ndarray | None = None) -> float:
 
 
 def hardware_flops(layout: Layout) -> float:
-    """What the devices do by formula: model FLOPs, plus a forward pass of the layers again, plus flash attention's."""
+    """What the devices do by formula: model FLOPs, plus a forward pass of the layers again, plus flash attention's.
+
+    The devices of the expert axis share the experts only: all else each of them does for the same tokens.
+    """
     m, c = layout.model.config, layout.config
     rows, length = c.train.batch_size, c.data.max_length
     head = 2.0 * m.width * m.vocab_size * rows * length
@@ -65,7 +68,10 @@ def hardware_flops(layout: Layout) -> float:
     forward = flops.forward_flops(m, rows * length, pairs)
     attention = forward - 2.0 * flops.matrix_parameters(m) * rows * length
     again = {"none": 0.0, "dots": attention, "full": forward - head}[c.train.remat]
-    return model_flops(layout) + 0.5 * attention + again
+    once = model_flops(layout) + 0.5 * attention + again
+    experts = 2.0 * flops.expert_parameters(m) * rows * length
+    passes = 3 - (c.lora.rank > 0) + (c.train.remat == "full")
+    return once + (layout.sizes["expert"] - 1) * (once - passes * experts)
 
 
 def estimate(

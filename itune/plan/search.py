@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 from itune.config import Config
+from itune.models import load_model
 from itune.plan.chips import Slice
 from itune.plan.inputs import Known
 from itune.plan.report import Report, lines, settings_text
@@ -31,7 +32,7 @@ def search(
     begun = time.monotonic()
     ranked: list[tuple[Config, Report]] = []
     refused = 0
-    for candidate in candidates(config, where):
+    for candidate in candidates(config, where, _experts(config)):
         try:
             ranked.append((candidate, formula_report(candidate, where, facts, table)))
         except InputError:  # this mesh does not divide the model or the batch
@@ -71,19 +72,32 @@ def search(
     }
 
 
-def candidates(config: Config, where: Slice) -> Iterator[Config]:
-    """Configs with every division of the devices over data, fsdp and tensor, every micro-batch, every remat policy."""
-    inside = where.chips // where.slices
-    for tensor in (n for n in (1, 2, 4, 8) if inside % n == 0):
-        for data in (n for n in range(1, inside // tensor + 1) if (inside // tensor) % n == 0):
-            fsdp = inside // tensor // data
-            mesh = dataclasses.replace(config.mesh, data=data, fsdp=fsdp, tensor=tensor, expert=1, context=1,
-                                       dcn_data=where.slices, dcn_fsdp=1)
-            groups = data * fsdp * where.slices
-            for accumulation in (n for n in (1, 2, 4, 8, 16, 32, 64) if config.train.batch_size % (n * groups) == 0):
-                for remat in REMATS:
-                    train = dataclasses.replace(config.train, accumulation=accumulation, remat=remat)
-                    yield dataclasses.replace(config, mesh=mesh, train=train)
+def candidates(config: Config, where: Slice, experts: int = 1) -> Iterator[Config]:
+    """Configs with every division of the devices over data, fsdp, tensor and the axis of a model's `experts`, every
+    micro-batch, every remat policy.
+    """
+    for data, fsdp, tensor, expert in meshes(where.chips // where.slices, experts):
+        mesh = dataclasses.replace(config.mesh, data=data, fsdp=fsdp, tensor=tensor, expert=expert, context=1,
+                                   dcn_data=where.slices, dcn_fsdp=1)
+        groups = data * fsdp * where.slices
+        for accumulation in (n for n in (1, 2, 4, 8, 16, 32, 64) if config.train.batch_size % (n * groups) == 0):
+            for remat in REMATS:
+                train = dataclasses.replace(config.train, accumulation=accumulation, remat=remat)
+                yield dataclasses.replace(config, mesh=mesh, train=train)
+
+
+def meshes(devices: int, experts: int) -> Iterator[tuple[int, int, int, int]]:
+    """(data, fsdp, tensor, expert) of every division of so many devices."""
+    for tensor in (n for n in (1, 2, 4, 8) if devices % n == 0):
+        for expert in (n for n in (1, 2, 4, 8, 16, 32) if devices // tensor % n == 0 and experts % n == 0):
+            rest = devices // tensor // expert
+            yield from ((data, rest // data, tensor, expert) for data in range(1, rest + 1) if rest % data == 0)
+
+
+def _experts(config: Config) -> int:
+    """Experts of a layer of the model, 1 where it has none."""
+    kinds = load_model(config.model.path, revision=config.model.revision or None).config.kinds
+    return max((kind.experts.count for kind in kinds if kind.experts), default=1)
 
 
 def order(report: Report, slack: float = 1.0) -> tuple[bool, float]:

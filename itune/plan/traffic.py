@@ -54,6 +54,7 @@ def across_slices(layout: Layout) -> float:
     What a slice needs from outside enters it once, divided over its devices.
     """
     data, fsdp, micro = layout.dcn["data"], layout.dcn["fsdp"], layout.config.train.accumulation
-    kernels = layout.model.config.num_layers * layer_elements(layout.model, layout.sizes["tensor"])[0]
+    elements = layer_elements(layout.model, layout.sizes["tensor"], layout.sizes["expert"])[0]
+    kernels = layout.model.config.num_layers * elements
     copies = micro * 2 * 4 * layout.trained * (data - 1) / data
     return copies + micro * (2 * layout.width_bytes + 4) * kernels * (fsdp - 1) / layout.sizes["fsdp"]

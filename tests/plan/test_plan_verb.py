@@ -11,13 +11,14 @@ import jax
 import numpy as np
 import pytest
 
+from itune import flops
 from itune.cli import main
 from itune.config import load_config
 from itune.models import load_model
 from itune.optim import make_optimizer
 from itune.plan.check import one_line
 from itune.plan.chips import CHIPS, parse_topology
-from itune.plan.estimate import estimate, model_flops, prices
+from itune.plan.estimate import estimate, hardware_flops, model_flops, prices
 from itune.plan.layout import lay_out
 from itune.plan.memory import formula_memory
 from itune.plan.search import candidates
@@ -114,6 +115,46 @@ def test_candidates_keep_the_global_batch(llama):
     assert (1, 16, 1) in shapes
     assert (2, 4, 2) in shapes
     assert all(math.prod(shape) == 16 for shape in shapes)
+
+
+@pytest.fixture
+def experts(tmp_path):
+    """The config.json of Qwen3-30B-A3B: 128 experts a layer, 8 a token."""
+    folder = tmp_path / "experts"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({
+        "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "attention_bias": False, "head_dim": 128,
+        "hidden_act": "silu", "max_position_embeddings": 40960, "num_attention_heads": 32, "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-6, "rope_theta": 1000000, "vocab_size": 151936, "decoder_sparse_step": 1,
+        "hidden_size": 2048, "intermediate_size": 6144, "mlp_only_layers": [], "moe_intermediate_size": 768,
+        "norm_topk_prob": True, "num_experts": 128, "num_experts_per_tok": 8, "num_hidden_layers": 48,
+        "tie_word_embeddings": False,
+    }))  # fmt: skip
+    return folder
+
+
+def test_devices_that_share_experts_repeat_all_else(experts):
+    layouts = {n: lay_out(config_8b(experts, mesh__fsdp=16 // n, mesh__expert=n), 16) for n in (1, 4)}
+    per_token = 48 * 3 * 2048 * 8 * 768  # what a token's experts hold
+    assert flops.expert_parameters(layouts[1].model.config) == per_token
+    shared = 2 * per_token * 16 * 4096 * (3 + 1)  # forward, backward and once again: train.remat=full
+    one, four = hardware_flops(layouts[1]), hardware_flops(layouts[4])
+    assert four == pytest.approx(4 * one - 3 * shared)
+    gathered = [formula_traffic(layout)["gather weights"] for layout in layouts.values()]
+    assert gathered[1] < 0.4 * gathered[0]
+
+
+def test_search_divides_the_experts_of_a_model_that_has_them(experts, llama, tmp_path):
+    where = parse_topology("v5e:8x8")
+    found = [c.mesh for c in candidates(config_8b(experts, train__batch_size=64), where, experts=128)]
+    assert {mesh.expert for mesh in found} == {1, 2, 4, 8, 16, 32}
+    assert all(mesh.data * mesh.fsdp * mesh.tensor * mesh.expert == 64 for mesh in found)
+    assert {c.mesh.expert for c in candidates(config_8b(llama, train__batch_size=64), where)} == {1}
+    out = tmp_path / "plan.json"
+    assert main(["plan", "--config", "sft", f"--config.model.path={experts}", "--config.model.compute_dtype=bfloat16",
+                 "--config.data.max_length=4096", "--config.train.batch_size=64", "--config.train.max_steps=100",
+                 "--topology", "v5e:8x8", "--formula", "--search", "--json", str(out)]) == 0  # fmt: skip
+    assert json.loads(out.read_text())["candidates"] > 200  # without the expert axis there are fewer
 
 
 def test_search_by_formula_takes_the_fastest_that_fits(llama, tmp_path, capsys):
