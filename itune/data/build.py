@@ -23,7 +23,7 @@ from itune.data.overlong import Part, fit
 from itune.data.render import render_many
 from itune.data.selection import clear, select
 from itune.data.sources import Source
-from itune.data.store import ExampleStore, Writer, conversation_to_json, hash_of, read_store
+from itune.data.store import ExampleStore, Writer, conversation_to_json, hash_of, read_store, set_categories
 from itune.data.templates import Tokenizer
 from itune.types import Conversation, InputError, Message
 
@@ -142,9 +142,14 @@ class _Rendering:
 
     def finish(self, folder: Path, keep: Sequence[bool], categories: Sequence[int] = ()) -> ExampleStore:
         """The store of the examples to keep; the one rendered first goes. `categories` has the category of each row."""
+        chosen = [categories[row] for row in self.row_of_example] if categories else [-1] * len(self.row_of_example)
+        if all(keep):
+            os.rename(self._folder, folder)
+            set_categories(folder, chosen)
+            return read_store(folder)
         writer, store = Writer(folder), read_store(self._folder)
         for place in np.flatnonzero(np.asarray(keep, bool)).tolist():
-            writer.add(store[place], categories[self.row_of_example[place]] if categories else -1)
+            writer.add(store[place], chosen[place])
         writer.close()
         shutil.rmtree(self._folder)
         return read_store(folder)

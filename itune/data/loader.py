@@ -167,43 +167,36 @@ def build_batch(store: ExampleStore, members: Sequence[np.ndarray], rows: int, m
 
     The shift happens here: targets_BL is the next token of the same segment; a segment's last token has weight 0.
     """
-    counts = np.asarray([len(row) for row in members], np.int64)
-    if not counts.sum():
-        return _padding(rows, max_length)
-    index = np.concatenate(members)
-    sizes, begins = store.lengths[index].astype(np.int64), store.offsets[index].astype(np.int64)
-    flat = _flat(store, begins, sizes, np.repeat(np.cumsum(counts) - counts, counts))
-    if len(flat.tokens_BL) == rows * max_length:  # packed to the brim
-        return Batch(*(values.reshape(rows, max_length) for values in flat))
-    batch = _padding(rows, max_length)
-    filled = np.bincount(np.repeat(np.arange(len(members)), counts), sizes, len(members)).astype(np.int64)
-    ends = np.cumsum(filled)
-    for b, (start, end) in enumerate(zip((ends - filled).tolist(), ends.tolist())):
-        for array_BL, values in zip(batch, flat):
-            array_BL[b, : end - start] = values[start:end]
-    return batch
+    counts = np.zeros(rows, np.int64)
+    counts[: len(members)] = [len(row) for row in members]
+    index = np.concatenate([np.zeros(0, np.int64), *members])
+    row_of, row_ends = np.repeat(np.arange(rows), counts), np.cumsum(counts)
+    lengths = store.lengths[index].astype(np.int64)
+    padding = max_length - np.bincount(row_of, lengths, rows).astype(np.int64)
+    number = np.arange(len(index)) - (row_ends - counts)[row_of] + 1  # of an example in its row
+    # the padding of a row follows its examples as one of number 0
+    begins, sizes, numbers = (np.insert(*column) for column in (
+        (store.offsets[index], row_ends, 0), (lengths, row_ends, padding), (number, row_ends, 0)))  # fmt: skip
+    return Batch(*(values.reshape(rows, max_length) for values in _flat(store, begins, sizes, numbers)))
 
 
-def _padding(rows: int, max_length: int) -> Batch:
-    types = (np.float32 if name == "loss_weights_BL" else np.int32 for name in Batch._fields)
-    return Batch(*(np.zeros((rows, max_length), dtype) for dtype in types))
-
-
-def _flat(store: ExampleStore, begins: np.ndarray, sizes: np.ndarray, first: np.ndarray) -> Batch:
-    """The arrays of a batch for examples one after another, as they lie in rows without padding.
-
-    `begins`, `sizes`: where they are in the store; `first`: place in their order of the first example of their row.
+def _flat(store: ExampleStore, begins: np.ndarray, sizes: np.ndarray, numbers: np.ndarray) -> Batch:
+    """The arrays of a batch, row after row. `begins`, `sizes`: where the examples are in the store; 0 in `numbers` is
+    padding.
     """
-    spans = list(zip(begins.tolist(), (begins + sizes).tolist()))
     all_tokens, all_weights = np.asarray(store.tokens), np.asarray(store.weights)  # slices of a memory map are slow
-    tokens = np.concatenate([all_tokens[begin:end] for begin, end in spans], dtype=np.int32)
-    weights = np.concatenate([all_weights[begin:end] for begin, end in spans], dtype=np.float32)
+    none = np.zeros(int(sizes.max()), np.int32)
+    spans = list(zip(begins.tolist(), (begins + sizes).tolist(), numbers.tolist()))
+    tokens = np.concatenate([(all_tokens if real else none)[a:b] for a, b, real in spans], dtype=np.int32)
+    weights = np.concatenate([(all_weights if real else none)[a:b] for a, b, real in spans], dtype=np.float32)
     ends = np.cumsum(sizes)
-    targets, shifted = np.zeros_like(tokens), np.zeros_like(weights)
+    targets, shifted = np.empty_like(tokens), np.empty_like(weights)
     targets[:-1], shifted[:-1] = tokens[1:], weights[1:]
     targets[ends - 1] = shifted[ends - 1] = 0
-    positions = np.arange(ends[-1], dtype=np.int32) - np.repeat((ends - sizes).astype(np.int32), sizes)
-    segments = np.repeat((np.arange(len(sizes)) - first + 1).astype(np.int32), sizes)
+    segments = np.repeat(numbers.astype(np.int32), sizes)
+    positions = np.arange(ends[-1], dtype=np.int32)
+    positions -= np.repeat((ends - sizes).astype(np.int32), sizes)
+    positions[segments == 0] = 0
     return Batch(tokens, targets, shifted, segments, positions)
 
 
