@@ -64,13 +64,11 @@ def _judge(turn: words.Turn, kinds: Collection[str]) -> list[tuple[str, str]]:
         found.append(("placeholder", f"the answer is {response[:40]!r}"))
     if "refusal" in kinds and not asked_for and refuses(response):
         found.append(("refusal", "the answer declines"))
-    if not languages.speaks_of_language(turn.context):
-        script = languages.other_script(turn.context, response) if "script" in kinds else ""
-        if script:
-            found.append(("script", f"the answer is in {script.capitalize()} script"))
-        spoken = languages.other_language(turn.prompt, response) if "language" in kinds and not script else ""
-        if spoken:
-            found.append(("language", f"the answer is in {spoken}"))
+    script = languages.other_script(turn.context, response) if "script" in kinds else ""
+    spoken = languages.other_language(turn.prompt, response) if "language" in kinds and not script else ""
+    if (script or spoken) and not languages.speaks_of_language(turn.context):  # looked at last: it takes longest
+        kind, tongue = ("script", f"{script.capitalize()} script") if script else ("language", spoken)
+        found.append((kind, f"the answer is in {tongue}"))
     if "missing_input" in kinds and turn.context == turn.prompt and misses_input(turn.prompt):
         found.append(("missing_input", "the question speaks of a text that is not there"))
     if "echo" in kinds and echoes(turn.prompt, response):

@@ -83,7 +83,7 @@ _UNITED = {"HIRAGANA": "CJK", "KATAKANA": "CJK", "KATAKANA-HIRAGANA": "CJK", "ID
 
 def speaks_of_language(prompt: str) -> bool:
     """Whether the prompt names a language or a translation, so that an answer in another one may be wanted."""
-    return bool(_MENTION.search(prompt[:ENDS]) or _MENTION.search(prompt[-ENDS:]))
+    return any(_MENTION.search(end) for end in dict.fromkeys((prompt[:ENDS], prompt[-ENDS:])))
 
 
 @functools.lru_cache(maxsize=8192)
