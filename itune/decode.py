@@ -24,7 +24,7 @@ from itune.sharding import constrain, replicated, rows_divisor
 from itune.types import InputError
 from itune.xla import options
 
-SHORTEST = 32  # slots: prompts are padded to this or a larger power of two; a shape less to compile costs more than 16
+SHORTEST = 32  # slots: prompts are padded to this or a larger power of two; to compile one shape more costs more
 
 
 class Generated(NamedTuple):

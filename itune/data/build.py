@@ -23,7 +23,7 @@ from itune.data.overlong import Part, fit
 from itune.data.render import render_many
 from itune.data.selection import clear, select
 from itune.data.sources import Source
-from itune.data.store import ExampleStore, Writer, conversation_to_json, hash_of, read_store, set_categories
+from itune.data.store import ExampleStore, Writer, conversation_to_json, hash_of, read_store
 from itune.data.templates import Tokenizer
 from itune.types import Conversation, InputError, Message
 
@@ -57,7 +57,8 @@ def _build(folder: Path, section: Any, sources: list[Source], eval_sources: list
     census, held_census = Census(), Census()
     census.add_rows(rows)
     census.add_held_out(chosen.split["from_training_sources"])
-    rendered = _Rendering(folder / "rendered", section, tokenizer, census, section.overlong)
+    categories = [CATEGORIES.index(category.name) for category in chosen.categories]
+    rendered = _Rendering(folder / "rendered", section, tokenizer, census, section.overlong, categories)
     rendered.add(rows, [index for index in range(len(rows)) if index not in gone])
     held_census.add_rows(chosen.held)
     policy = "drop" if section.overlong == "drop" else "truncate"  # an item to judge by is never split
@@ -71,8 +72,7 @@ def _build(folder: Path, section: Any, sources: list[Source], eval_sources: list
                for found in cleared.findings if found.filter != "held_out"]  # fmt: skip
     removed_items = [dataclasses.replace(found, index=held.row_of_example[found.index])
                      for found in cleared.findings if found.filter == "held_out"]  # fmt: skip
-    train = rendered.finish(folder / "train", [row in kept for row in rendered.row_of_example],
-                            [CATEGORIES.index(category.name) for category in chosen.categories])  # fmt: skip
+    train = rendered.finish(folder / "train", [row in kept for row in rendered.row_of_example])
     left = set(cleared.held)
     items = held.finish(folder / "held_out", [place in left for place in range(len(held.kept))])
     with open(folder / "held_out.jsonl", "w", encoding="utf-8") as lines:
@@ -109,13 +109,13 @@ def _build(folder: Path, section: Any, sources: list[Source], eval_sources: list
 class _Rendering:
     """Renders rows chunk by chunk into a store on disk; `row_of_example` tells the row of each example.
 
-    With `keep`, the conversations of the examples stay in memory, in `kept`.
+    `categories` has the category of each row. With `keep`, the conversations of the examples stay in memory, in `kept`.
     """
 
     def __init__(self, folder: Path, section: Any, tokenizer: Tokenizer, census: Census, policy: str,
-                 keep: bool = False):  # fmt: skip
+                 categories: Sequence[int] = (), keep: bool = False):  # fmt: skip
         self._folder, self._section, self._tokenizer, self._policy = folder, section, tokenizer, policy
-        self._census, self._writer, self._keep = census, Writer(folder), keep
+        self._census, self._writer, self._categories, self._keep = census, Writer(folder), categories, keep
         self.row_of_example: list[int] = []
         self.kept: list[Part] = []
         self.findings: list[Finding] = []
@@ -140,16 +140,14 @@ class _Rendering:
                 self._fit(index, Part(rows[index], outcome.example), factors)
         self._writer.close()
 
-    def finish(self, folder: Path, keep: Sequence[bool], categories: Sequence[int] = ()) -> ExampleStore:
-        """The store of the examples to keep; the one rendered first goes. `categories` has the category of each row."""
-        chosen = [categories[row] for row in self.row_of_example] if categories else [-1] * len(self.row_of_example)
+    def finish(self, folder: Path, keep: Sequence[bool]) -> ExampleStore:
+        """The store of the examples to keep; the one rendered first goes."""
         if all(keep):
             os.rename(self._folder, folder)
-            set_categories(folder, chosen)
             return read_store(folder)
         writer, store = Writer(folder), read_store(self._folder)
         for place in np.flatnonzero(np.asarray(keep, bool)).tolist():
-            writer.add(store[place], chosen[place])
+            writer.add(store[place], int(store.categories[place]))
         writer.close()
         shutil.rmtree(self._folder)
         return read_store(folder)
@@ -167,7 +165,7 @@ class _Rendering:
             if factors.get(source, 1.0) != 1.0:
                 weights = example.loss_weights * np.float32(factors[source])
                 example = dataclasses.replace(example, loss_weights=weights)
-            self._writer.add(example)
+            self._writer.add(example, self._categories[index] if self._categories else -1)
             self.row_of_example.append(index)
             if self._keep:
                 self.kept.append(part)

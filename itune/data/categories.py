@@ -87,19 +87,23 @@ _CREATION = (
     r"limerick|speech|cover letter|blog post|creative\w*|imagin\w*|role-?play|brainstorm|invent|make up|come up with|"
     r"movie plot|proverb|e-?mail|phrase|ideas|suggestions|list of)\b"
 )
-_NEVER = r"(?!)"
 
 
-def _rules(**rules: tuple[str, str]) -> dict[str, tuple[re.Pattern[str], re.Pattern[str]]]:
-    """category -> what its prompts begin with, and what stands anywhere in them: apart, they take half the time.
+class _Rule:
+    """What a category's prompts begin with, or have anywhere in them; searched for as one pattern they take longer.
 
     For texts in lower case: to ignore case takes twice the time.
     """
-    return {name: (re.compile(start), re.compile(anywhere)) for name, (start, anywhere) in rules.items()}
+
+    def __init__(self, anywhere: str, at_start: str = r"(?!)"):
+        self._anywhere, self._at_start = re.compile(anywhere), re.compile(at_start)
+
+    def finds(self, text: str) -> bool:
+        return bool(self._at_start.match(text) or self._anywhere.search(text))
 
 
-_FIRST = _rules(coding=(_NEVER, _CODING), safety=(_NEVER, _SAFETY), conversation=(_TALK_AT_START, _TALK))
-_LATER = _rules(analytical=(_NEVER, _ANALYSIS), factual=(_FACTS_AT_START, _FACTS), creative=(_NEVER, _CREATION))
+_FIRST = {"coding": _Rule(_CODING), "safety": _Rule(_SAFETY), "conversation": _Rule(_TALK, _TALK_AT_START)}
+_LATER = {"analytical": _Rule(_ANALYSIS), "factual": _Rule(_FACTS, _FACTS_AT_START), "creative": _Rule(_CREATION)}
 _NOT_CREATIVE = re.compile(r"\b(?:summar\w*|answer|math|steps|word for)\b")
 ENDS = 300  # characters at both ends of a prompt, where instructions stand
 
@@ -124,8 +128,8 @@ def from_prompt(prompt: str) -> str:
     return _by_rules(_FIRST, ends) or _by_verb(text) or _by_rules(_LATER, ends) or "unknown"
 
 
-def _by_rules(rules: Mapping[str, tuple[re.Pattern[str], re.Pattern[str]]], text: str) -> str:
-    return next((name for name, (start, anywhere) in rules.items() if start.match(text) or anywhere.search(text)), "")
+def _by_rules(rules: Mapping[str, _Rule], text: str) -> str:
+    return next((name for name, rule in rules.items() if rule.finds(text)), "")
 
 
 def _by_verb(text: str) -> str:
@@ -135,7 +139,7 @@ def _by_verb(text: str) -> str:
         name = _CATEGORY_OF_VERB.get(lead["verb"]) if lead else None
         if name == "creative" and _NOT_CREATIVE.search(clause):
             return "analytical"
-        if name == "factual" and _LATER["analytical"][1].search(text[:ENDS] + text[-ENDS:]):
+        if name == "factual" and _LATER["analytical"].finds(text[:ENDS] + text[-ENDS:]):
             return "analytical"
         if name:
             return name

@@ -14,7 +14,7 @@ from itune.data.findings import Finding
 from itune.data.store import ExampleStore
 from itune.types import Conversation
 
-LOOKED_AT = 2_000  # rows whose language is told, evenly spread: shares within 2 % of all
+LOOKED_AT = 2_000  # rows whose language is told, evenly spread: a share is right to about two points
 EDGES = (0, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072, 1 << 20)
 PERCENTILES = (5, 25, 50, 75, 95, 99, 100)
 _SAID = {"benchmark": "asks what a benchmark asks", "contamination": "asks what a held-out item asks",

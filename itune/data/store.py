@@ -110,13 +110,6 @@ class Writer:
         return digest
 
 
-def set_categories(folder: Path, categories: Sequence[int]) -> None:
-    """Give the examples of a written store their categories."""
-    with np.load(folder / "index.npz", allow_pickle=False) as index:
-        arrays = {name: index[name] for name in index.files}
-    np.savez(folder / "index.npz", **(arrays | {"categories": np.asarray(categories, np.int8)}))
-
-
 class _Lines(Sequence):
     """JSON objects of a memory-mapped JSON Lines file."""
 
