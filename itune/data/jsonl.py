@@ -11,6 +11,7 @@ from typing import Any
 from itune.types import InputError
 
 BOM = b"\xef\xbb\xbf"
+WHITE = " \t\r\n"  # what JSON counts as white space; str.strip takes more
 
 
 def read_jsonl(file: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -25,7 +26,7 @@ def read_jsonl(file: str) -> Iterator[tuple[int, dict[str, Any]]]:
         body = raw[skip:].strip()
         if body:
             where = f"{file}:{line}"
-            value = _parse(_decode(raw[skip:], where, offset + skip).strip(), where)
+            value = _parse(_decode(raw[skip:], where, offset + skip).strip(WHITE), where)
             if not isinstance(value, dict):
                 raise InputError(f"{where}: found {_kind(value)}; expected a JSON object with the fields of one row")
             yield line, value

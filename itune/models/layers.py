@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
-from itune.models.affine import scaled, shifted
 from itune.models.architecture import ModelConfig, Rope
+from itune.models.entrywise import gated, rms_norm, shifted
+from itune.models.remat import keep
 from itune.types import InputError
 
 # (module, parameter) -> logical axes of the unstacked parameter; see itune/sharding.py for where they go
@@ -181,7 +182,7 @@ class Dense(nn.Module):
             y = y + linear(low, self.get_variable(ADAPTERS, "b"), self.dtype)
         if self.bias:
             y = shifted(y, self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype))
-        return y
+        return keep(y)
 
 
 class RMSNorm(nn.Module):
@@ -198,9 +199,7 @@ class RMSNorm(nn.Module):
         init = nn.initializers.zeros if c.norm_offset else nn.initializers.ones
         scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
         dtype = "float32" if c.norm_float32 else self.dtype
-        x32 = x.astype(jnp.float32)
-        x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + c.norm_eps)
-        return scaled(x32.astype(dtype), scale, int(c.norm_offset)).astype(self.dtype)
+        return rms_norm(x, scale, eps=c.norm_eps, offset=int(c.norm_offset), dtype=dtype, out_dtype=self.dtype)
 
 
 class MLP(nn.Module):
@@ -222,7 +221,7 @@ class MLP(nn.Module):
             gate_BLF, up_BLF = jnp.split(dense(2 * c.mlp_width, "gate_up_proj")(x_BLD), 2, axis=-1)
         else:
             gate_BLF, up_BLF = dense(c.mlp_width, "gate_proj")(x_BLD), dense(c.mlp_width, "up_proj")(x_BLD)
-        return dense(c.width, "down_proj")(ACTIVATIONS[c.activation](gate_BLF) * up_BLF)
+        return dense(c.width, "down_proj")(gated(ACTIVATIONS[c.activation], gate_BLF, up_BLF))
 
 
 def softcap(x: jax.Array, cap: float | None) -> jax.Array:

@@ -16,7 +16,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from itune.models.architecture import Experts, ModelConfig
+from itune.models.entrywise import gated
 from itune.models.layers import ACTIVATIONS, ADAPTERS, linear, precision
+from itune.models.remat import keep
 from itune.sharding import axis_size, rows_divisor, spec
 
 BY_EXPERT = jax.lax.RaggedDotDimensionNumbers(
@@ -126,7 +128,7 @@ class Router(nn.Module):
         if e.biases:
             bias = self.param("bias", nn.initializers.zeros, (e.count,), self.param_dtype)
             logits_BLE = logits_BLE + bias.astype(jnp.float32)
-        return logits_BLE
+        return keep(logits_BLE)
 
 
 def route(e: Experts, logits_BLE: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -205,12 +207,12 @@ def mix(
         if "bias" in stack:
             bias = stack["bias"][jnp.minimum(expert_S, count - 1)]
             y = y + (bias if whole else jnp.where(jax.lax.axis_index("tensor") == 0, bias, 0))
-        return jnp.where(mine_S1, y, 0)
+        return keep(jnp.where(mine_S1, y, 0))
 
     rows_SD = x_TD[order_S // e.chosen]
     gate_SF, up_SF = project("gate_proj", rows_SD), project("up_proj", rows_SD)
     if e.clamp is None:
-        gated_SF = activation(gate_SF) * up_SF
+        gated_SF = gated(activation, gate_SF, up_SF)
     else:
         alpha, limit = e.clamp
         gate_SF, up_SF = jnp.minimum(gate_SF, limit), jnp.clip(up_SF, -limit, limit)

@@ -15,25 +15,9 @@ from itune.models.attention.cache import read, write
 from itune.models.layers import ADAPTERS, MLP, Dense, RMSNorm, rope_tables, rotate
 from itune.models.lookup import lookup
 from itune.models.moe import BALANCE, MoE
+from itune.models.remat import remat
 from itune.sharding import constrain
 from itune.types import InputError
-
-
-def keep_products(primitive: Any, *inputs: Any, **params: Any) -> Any:
-    """Keep matrix products and what attention kernels put out.
-
-    A function with a derivative of its own is asked of as a whole: `linear` is one, whose backward pass needs its
-    inputs only. A kernel inside such a function runs again, since its backward pass needs more than its output (seen
-    with Pallas on GPUs, jax 0.11.2); cuDNN's second forward pass is spared.
-    """
-    if primitive.name == "custom_vjp_call":
-        return any(_PRODUCTS(inner.primitive, **inner.params) for inner in params["call_jaxpr"].eqns)
-    kernel = primitive.name == "pallas_call" or primitive.name.startswith("dot_product_attention_fwd")
-    return kernel or _PRODUCTS(primitive, *inputs, **params)
-
-
-_PRODUCTS: Any = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-REMAT_POLICIES = {"full": None, "dots": keep_products}
 
 
 class Settings(NamedTuple):
@@ -280,10 +264,3 @@ def is_long(rope: Rope, segments_BL: jax.Array, positions_BL: jax.Array, cache: 
         return jax.ops.segment_max(positions_L, segments_L, num_segments=segments_L.shape[0] + 1)[segments_L]
 
     return jax.vmap(one_row)(segments_BL, positions_BL) >= rope.original_length
-
-
-def remat(layer_class: Any, policy: str, inside_scan: bool) -> Any:
-    """The layer with its activations recomputed in the backward pass: none | full | dots (products are kept)."""
-    if policy == "none":
-        return layer_class
-    return nn.remat(layer_class, policy=REMAT_POLICIES[policy], prevent_cse=not inside_scan)

@@ -50,12 +50,14 @@ def kept_per_token(layout: Layout, remat: str) -> float:
     m, t = layout.model.config, layout.sizes["tensor"]
     if remat == "full":
         return layout.width_bytes * m.width
-    mlp = _mlp_width(layout)
+    mlp, heads = _mlp_width(layout), m.num_heads * m.head_dim / t
     projected = (m.num_heads + 2 * m.num_kv_heads) * m.head_dim / t
-    if remat == "dots":  # layer input, and what every product gives
-        return layout.width_bytes * (3 * m.width + projected + 2 * mlp)
-    attention = 2 * projected + m.num_heads * m.head_dim / t  # before and after rotation, and what is mixed
-    return layout.width_bytes * (5 * m.width + attention + 4 * mlp) + 4 * m.num_heads / t + 8 * m.width
+    statistics = 4 * m.num_heads / t  # of attention's softmax
+    if remat == "dots":  # layer input, what every product gives, and attention
+        return layout.width_bytes * (2 * m.width + heads + projected + 2 * mlp) + statistics
+    normed = projected - m.num_kv_heads * m.head_dim / t if m.qk_norm else 0  # before the norms of query and key
+    # both residuals, both normed, what attention reads and gives, gate and up and their product
+    return layout.width_bytes * (4 * m.width + heads + projected + normed + 3 * mlp) + statistics
 
 
 def layer_bytes(layout: Layout) -> int:

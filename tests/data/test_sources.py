@@ -213,3 +213,12 @@ def test_digest_follows_content_and_not_place(tmp_path):
     assert open_sources(other)[0].digest() == before
     Path(one).write_text(TEXT.replace("answer 3", "answer 4"))
     assert open_sources(one)[0].digest() != before
+
+
+@pytest.mark.parametrize("stray", ["\x0b", "\x0c", "\x1c", "\xa0", "\u3000"])
+def test_white_space_that_json_does_not_know_is_refused(tmp_path, stray):
+    """`str.strip` would take it away; other readers would refuse the file."""
+    path = tmp_path / "stray.jsonl"
+    path.write_text(TEXT.replace("\n", "\n" + stray, 1), encoding="utf-8")
+    with pytest.raises(InputError, match=r"stray.jsonl:2: "):
+        rows_of(str(path))

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from itune.models.attention.context import divisible_heads
+from itune.models.remat import KEPT
 from itune.sharding import RULES, rows_divisor
 from itune.types import InputError
 
@@ -110,6 +111,7 @@ def _kernel(heads, length, window, softcap, block, tensor, context, interpret):
         attn_logits_soft_cap=softcap,
         head_shards=tensor,
         q_seq_shards=context,
+        residual_checkpoint_name=KEPT,
         interpret=interpret,
     )
 
