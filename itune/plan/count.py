@@ -1,7 +1,8 @@
 """Floating-point operations that a step really does, counted in its jaxpr: loops by trip count, kernels by formula.
 
-What automatic differentiation and rematerialisation add stands in the jaxpr, so recomputation and waste show. XLA may
-still remove work; its own count is no use here, because it takes the body of a loop once.
+What automatic differentiation and rematerialisation add stands in the jaxpr, so recomputation and waste show. What
+nothing reads is left out, as XLA leaves it out. It may remove still more; its own count is no use here, because it takes
+the body of a loop once.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.interpreters.partial_eval import dce_jaxpr
 
 # flash attention: products of queries, keys and head width that a kernel does, over those of the forward pass
 KERNELS = {"fwd": 1.0, "dkv": 2.5, "bwd": 2.5, "dq": 1.5}
@@ -26,7 +28,8 @@ def count_flops(jaxpr: Any, turns: int = 1, visible: float = 0.5) -> dict[str, f
     the loss). `visible`: share of the (query, key) square that a kernel computes.
     """
     total: dict[str, float] = collections.defaultdict(float)
-    _count(getattr(jaxpr, "jaxpr", jaxpr), 1.0, turns, visible, total)
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    _count(dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0], 1.0, turns, visible, total)
     return {name: total[name] for name in ("products", "attention", "float32")}
 
 

@@ -127,6 +127,22 @@ def test_no_gradient_of_a_frozen_kernel_is_computed(make_model):
     assert lora_flops < 0.95 * full_flops
 
 
+@pytest.mark.parametrize("policy, wide", [("dots", 2), ("none", 3)])
+def test_a_layer_keeps_a_projection_and_its_adapter_as_one_sum(make_model, policy, wide):
+    """Of the MLP's width wait for the backward pass: gate and up, and where nothing is recomputed their product."""
+    model = make_model(remat=policy)
+    ids_BL, params = jax.ShapeDtypeStruct((4, 8), np.int32), model.abstract_params()
+    adapters = abstract_adapters(model, LORA)
+
+    def loss(adapters, params, ids_BL):
+        return jnp.sum(model.hidden({**params, "lora": adapters}, ids_BL, jnp.ones_like(ids_BL)) ** 2)
+
+    jaxpr = jax.make_jaxpr(jax.grad(loss))(adapters, params, ids_BL).jaxpr
+    scans = [equation for equation in jaxpr.eqns if equation.primitive.name == "scan"]
+    kept = [v.aval.shape for v in scans[0].outvars[scans[0].params["num_carry"] :]]
+    assert kept.count((3, 4, 8, model.config.mlp_width)) == wide, kept
+
+
 def test_dropout_reaches_adapters_only_in_training(make_model, random_params):
     lora = Lora(3, 6.0, targets="attention/.*|mlp/.*_proj", dropout=0.5)
     model = make_model(remat="full", dropout=lora.dropout, num_layers=2)

@@ -10,10 +10,14 @@ import types
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import SingleDeviceSharding
 
 from itune.config import load_config
+from itune.models.attention import tpu as splash
+from itune.models.remat import POLICIES
 from itune.plan.compile import compile_step, topology_devices
 from itune.plan.count import count_flops
 from itune.plan.hlo import arrays, collectives
@@ -78,6 +82,32 @@ def test_the_step_uses_splash_attention_on_a_tpu(compiled):
     assert "splash_mha_dkv_segmented" in program.text
     squares = [shape for shape in _arrays(program.text) if shape[-2:] == (LENGTH, LENGTH) and len(shape) > 2]
     assert not squares, "attention scores reach memory"
+
+
+@needs_libtpu
+@pytest.mark.parametrize("policy, passes", [("dots", 1), ("full", 2)])
+def test_dots_spares_the_second_forward_pass_of_splash_attention(policy, passes):
+    """In five layers scanned; without its policy the kernel would run again in the backward pass."""
+
+    def layer(x_BLNH, segments_BL):
+        given = {"q_segments_BL": segments_BL, "kv_segments_BS": segments_BL, "scale": 1.0}
+        return jnp.tanh(splash.attention(2 * x_BLNH, 3 * x_BLNH, 4 * x_BLNH, **given))
+
+    def loss(x_BLNH, segments_BL):
+        body = jax.checkpoint(layer, policy=POLICIES[policy], prevent_cse=False)
+        out, _ = jax.lax.scan(lambda x, _: (body(x, segments_BL), None), x_BLNH, None, length=5)
+        return jnp.sum(out.astype(jnp.float32) ** 2)
+
+    place = SingleDeviceSharding(topology_devices("v5e:2x2")[0])
+    shapes = ((2, 256, 2, 128), jnp.bfloat16), ((2, 256), jnp.int32)
+    inputs = [jax.ShapeDtypeStruct(*shape, sharding=place) for shape in shapes]
+    with jax.default_matmul_precision("default"):  # the kernel knows no other
+        traced = jax.jit(jax.grad(loss)).trace(*inputs)
+    text = traced.lower(lowering_platforms=("tpu",)).compile().as_text()
+    assert len(re.findall(r"%splash_mha_fwd\S* = ", text)) == passes
+    assert len(re.findall(r"%splash_mha_dkv\S* = ", text)) == 1
+    one = 4 * 2 * 2 * 256 * 256 * 128 * 0.5  # forward, of the pairs that are visible
+    assert count_flops(traced.jaxpr)["attention"] == pytest.approx(5 * (passes + 2.5) * one)
 
 
 @needs_libtpu
