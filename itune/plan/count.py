@@ -1,7 +1,7 @@
 """Floating-point operations that a step really does, counted in its jaxpr: loops by trip count, kernels by formula.
 
 What automatic differentiation and rematerialisation add stands in the jaxpr, so recomputation and waste show. What
-nothing reads is left out, as XLA leaves it out. It may remove still more; its own count is no use here, because it takes
+nothing reads is left out, as XLA leaves it out. It may remove still more; its own count is no use here: it takes
 the body of a loop once.
 """
 
