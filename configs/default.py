@@ -96,7 +96,7 @@ def get_config() -> ConfigDict:
     c.train.max_steps = 0  # optimizer steps; 0 means train.epochs decides
     c.train.batch_size = 8  # rows of the global batch of one optimizer step, accumulation included
     c.train.accumulation = 1  # micro-batches that a step is cut into
-    c.train.remat = "none"  # recompute in the backward pass: none | full | dots (keep matrix products)
+    c.train.remat = "none"  # recompute in the backward pass: none | full | dots (keep projections)
     c.train.deterministic = False  # bitwise repeatable on GPU, slower
     c.train.init_from = ""  # run directory (folder or URL) whose trained parameters start this run
     c.train.freeze = ""  # parameters whose path this regular expression matches stay: "embed|layer_0/attention"

@@ -23,7 +23,7 @@ def read_jsonl(file: str) -> Iterator[tuple[int, dict[str, Any]]]:
     offset = 0
     for line, raw in enumerate(_lines(file), start=1):
         skip = len(BOM) if line == 1 and raw.startswith(BOM) else 0
-        body = raw[skip:].strip()
+        body = raw[skip:].strip(WHITE.encode())
         if body:
             where = f"{file}:{line}"
             value = _parse(_decode(raw[skip:], where, offset + skip).strip(WHITE), where)

@@ -178,7 +178,7 @@ class Dense(nn.Module):
         y = linear(x, kernel, self.dtype)
         if self.has_variable(ADAPTERS, "a"):
             x = nn.Dropout(self.dropout, deterministic=not self.has_rng("dropout"))(x)
-            low = linear(x, self.get_variable(ADAPTERS, "a"), self.dtype)
+            low = keep(linear(x, self.get_variable(ADAPTERS, "a"), self.dtype))
             y = y + linear(low, self.get_variable(ADAPTERS, "b"), self.dtype)
         if self.bias:
             y = shifted(y, self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype))

@@ -203,7 +203,7 @@ def mix(
         stack = stacks[name]
         y = ragged(rows, stack["kernel"])
         if "a" in stack:  # linear: where `rows` is a part of the width, so is this product, and the psum adds up both
-            y = y + ragged(ragged(rows, stack["a"]), stack["b"])
+            y = y + ragged(keep(ragged(rows, stack["a"])), stack["b"])
         if "bias" in stack:
             bias = stack["bias"][jnp.minimum(expert_S, count - 1)]
             y = y + (bias if whole else jnp.where(jax.lax.axis_index("tensor") == 0, bias, 0))

@@ -12,12 +12,15 @@ KEPT = "itune_kept"
 
 
 def keep(x: jax.Array) -> jax.Array:
-    """Mark what `dots` keeps: what a projection gives, its adapter and bias added."""
+    """Mark what `dots` keeps: what a projection gives, its adapter and bias added, and what splash attention gives."""
     return checkpoint_name(x, KEPT)
 
 
 def keep_products(primitive: Any, *inputs: Any, **params: Any) -> Any:
-    """Keep what is marked and what cuDNN's attention puts out, whose second forward pass is spared so."""
+    """Keep what is marked and what cuDNN's attention puts out, whose second forward pass is spared so.
+
+    XLA's attention and the Triton kernel run forward again: their backward passes need more than their output.
+    """
     return primitive.name.startswith("dot_product_attention_fwd") or _MARKED(primitive, *inputs, **params)
 
 
@@ -26,7 +29,7 @@ POLICIES = {"full": None, "dots": keep_products}
 
 
 def remat(layer_class: Any, policy: str, inside_scan: bool) -> Any:
-    """The layer with its activations recomputed in the backward pass: none | full | dots (products are kept)."""
+    """The layer with its activations recomputed in the backward pass: none | full | dots (projections are kept)."""
     if policy == "none":
         return layer_class
     return nn.remat(layer_class, policy=POLICIES[policy], prevent_cse=not inside_scan)

@@ -67,7 +67,7 @@ def hardware_flops(layout: Layout) -> float:
              dict.fromkeys(flops.windows(m))}  # fmt: skip
     forward = flops.forward_flops(m, rows * length, pairs)
     attention = forward - 2.0 * flops.matrix_parameters(m) * rows * length
-    again = forward - head if c.train.remat == "full" else 0.0  # "dots" keeps what attention kernels give
+    again = forward - head if c.train.remat == "full" else 0.0  # "dots" keeps what splash and cuDNN give
     once = model_flops(layout) + 0.5 * attention + again
     experts = 2.0 * flops.expert_parameters(m) * rows * length
     passes = 3 - (c.lora.rank > 0) + (c.train.remat == "full")

@@ -2,7 +2,7 @@
 
 The state is exact (its shards are counted). What lives beside it is modelled in three moments of a step, of which the
 largest counts: the head, a layer's backward pass, and the update. Constants were set by compiled programs; a test
-compares them (tests/plan/test_formula.py).
+compares them (tests/plan/test_big.py).
 """
 
 from __future__ import annotations
@@ -53,11 +53,17 @@ def kept_per_token(layout: Layout, remat: str) -> float:
     mlp, heads = _mlp_width(layout), m.num_heads * m.head_dim / t
     projected = (m.num_heads + 2 * m.num_kv_heads) * m.head_dim / t
     statistics = 4 * m.num_heads / t  # of attention's softmax
+    routed = m.width * sum(kind.experts.chosen for kind in m.kinds if kind.experts) / len(m.kinds)
+    # a norm keeps what it reads: after the MLP, what the MLP gave
+    read = {"pre": (2, 4), "post": (3, 4), "both": (3, 6)}[m.norm_placement]
     if remat == "dots":  # layer input, what every product gives, and attention
-        return layout.width_bytes * (2 * m.width + heads + projected + 2 * mlp) + statistics
+        kept = read[0] * m.width + heads + projected + 2 * mlp + routed
+        return layout.width_bytes * kept + statistics
     normed = projected - m.num_kv_heads * m.head_dim / t if m.qk_norm else 0  # before the norms of query and key
-    # both residuals, both normed, what attention reads and gives, gate and up and their product
-    return layout.width_bytes * (4 * m.width + heads + projected + normed + 3 * mlp) + statistics
+    # both residuals, what the norms read and gave, what attention reads and gives, gate and up and their product, a
+    # token for each expert that it chose, and what that expert gave in float32
+    kept = read[1] * m.width + heads + projected + normed + 3 * mlp + routed
+    return layout.width_bytes * kept + 4 * routed + statistics
 
 
 def layer_bytes(layout: Layout) -> int:

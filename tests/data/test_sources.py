@@ -201,7 +201,7 @@ def test_mutated_lines_are_read_or_refused_with_an_address(tmp_path_factory, dat
     except InputError as error:
         assert str(error).startswith(f"{path}:")
     else:
-        lines = [line for line in raw.removeprefix(b"\xef\xbb\xbf").split(b"\n") if line.strip()]
+        lines = [line for line in raw.removeprefix(b"\xef\xbb\xbf").split(b"\n") if line.strip(b" \t\r\n")]
         assert [row.fields for row in rows] == [json.loads(line) for line in lines]
 
 
@@ -219,6 +219,7 @@ def test_digest_follows_content_and_not_place(tmp_path):
 def test_white_space_that_json_does_not_know_is_refused(tmp_path, stray):
     """`str.strip` would take it away; other readers would refuse the file."""
     path = tmp_path / "stray.jsonl"
-    path.write_text(TEXT.replace("\n", "\n" + stray, 1), encoding="utf-8")
-    with pytest.raises(InputError, match=r"stray.jsonl:2: "):
-        rows_of(str(path))
+    for after in (stray, stray + "\n"):  # before an object, and alone in a line
+        path.write_text(TEXT.replace("\n", "\n" + after, 1), encoding="utf-8")
+        with pytest.raises(InputError, match=r"stray.jsonl:2: "):
+            rows_of(str(path))

@@ -82,3 +82,25 @@ def test_experts_are_sharded(make_model):
     axes = model.logical_axes()["blocks"]["layer_0"]["mlp"]["experts"]
     assert axes["up_proj"]["kernel"] == ("layers", "expert", "mlp", "embed")
     assert axes["down_proj"]["kernel"] == ("layers", "expert", "embed", "mlp")
+
+
+def test_dots_keeps_the_products_of_experts_and_changes_no_gradient(make_model, random_params):
+    """Also inside the shard_map of a mesh."""
+    fields = {"kinds": (LayerKind(experts=Experts(4, 2, 12)),) * 2, "num_layers": 2}
+    mesh, tokens_BL = make_mesh(MESHES[1]), np.arange(64, dtype=np.int32).reshape(8, 8) % 48
+    gradients, products = {}, {}
+    for policy in ("none", "dots", "full"):
+        model = make_model(mesh=mesh, remat=policy, **fields)
+        params = jax.device_put(random_params(model), model.shardings())
+        tokens = jax.device_put(tokens_BL, batch_sharding(mesh))
+
+        def loss(params, tokens, model=model):
+            return (model.hidden(params, tokens, jnp.ones_like(tokens)) ** 2).mean()
+
+        traced = jax.jit(jax.grad(loss)).trace(params, tokens)
+        gradients[policy] = traced.lower().compile()(params, tokens)
+        products[policy] = str(traced.jaxpr).count("ragged_dot")
+    for policy in ("dots", "full"):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), gradients["none"],
+                     gradients[policy])  # fmt: skip
+    assert products["none"] == products["dots"] < products["full"]
