@@ -2,9 +2,12 @@
 
 import collections
 import math
+import re
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from itune.data import annotators, balance, categories
 from itune.types import Address, Conversation, InputError, Message
@@ -118,6 +121,16 @@ def test_pick_draws_evenly_and_repeatably():
 )
 def test_categories_by_rule(prompt, category):
     assert categories.from_prompt(prompt) == category
+
+
+@pytest.mark.parametrize("name", ["CODING", "SAFETY", "TALK"])
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_every_match_of_a_rule_holds_what_the_rule_needs(name, data):
+    """The rule is not searched for where none of these stands."""
+    anywhere, needs = getattr(categories, f"_{name}"), getattr(categories, f"_{name}_NEEDS").split("|")
+    found = data.draw(st.from_regex(re.compile(anywhere, re.ASCII), fullmatch=True))
+    assert any(need in found for need in needs), found
 
 
 def test_labels_come_first_then_sources_then_rules():
