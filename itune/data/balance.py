@@ -199,7 +199,9 @@ def pick(groups: Sequence[Hashable], draws: Mapping[Any, int], seed: int | Seque
     return np.concatenate(chosen)
 
 
-def realised(groups: Sequence[Hashable], chosen: np.ndarray, tokens: Sequence[int] | None = None) -> dict[str, Any]:
+def realised(
+    groups: Sequence[Hashable], chosen: np.ndarray, tokens: Sequence[int] | np.ndarray | None = None
+) -> dict[str, Any]:
     """What a plan comes to: by group rows, draws, shares in examples and supervised tokens, mean and most repeats.
 
     `tokens` has the supervised tokens of every row. `effective_groups` is exp(entropy) of the example shares.

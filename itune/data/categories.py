@@ -91,8 +91,8 @@ _CREATION = (
 
 # every match of the rule holds one of these: most texts hold none, and looking for them takes a fifth of the time
 _CODING_NEEDS = (
-    "```|python|script|java|c++|c#|rust|golang|sql|html|css|bash|regex|regular expression|code|json|algorithm|unit test|"
-    "compiler|stack trace|dataframe|def |#include|program|function"
+    "```|python|script|java|c++|c#|rust|golang|sql|html|css|bash|regex|regular expression|code|json|algorithm|"
+    "unit test|compiler|stack trace|dataframe|def |#include|program|function"
 )
 _SAFETY_NEEDS = (
     "hate speech|toxic|offensive|stereotype|bias|ethical|harm|suicide|bomb|hack|illegal|poison|racist|sexist|phishing|"

@@ -61,13 +61,12 @@ class Census:
 
     def add_examples(self, store: ExampleStore) -> None:
         """Examples and tokens of each source."""
-        supervised = supervised_of(store)
         for number, name in enumerate(store.source_names):
             mine = store.sources == number
             counts = self._of(name)
             counts["examples"] += int(mine.sum())
             counts["tokens"] += int(store.lengths[mine].sum())
-            counts["supervised_tokens"] += int(supervised[mine].sum())
+            counts["supervised_tokens"] += int(store.supervised[mine].sum())
 
     def report(self) -> dict[str, Any]:
         totals: Counter[str] = Counter()
@@ -95,18 +94,10 @@ def label(found: Finding | None) -> str:
     return _SAID.get(found.filter) or found.filter.replace("_", " ")
 
 
-def supervised_of(store: ExampleStore) -> np.ndarray:
-    """int64 [n]: the tokens of each example that carry weight; its first token never does."""
-    flags = np.concatenate([[0], np.cumsum(store.weights != 0)])
-    starts = np.minimum(store.offsets[:-1] + 1, store.offsets[1:])
-    return flags[store.offsets[1:]] - flags[starts]
-
-
 def describe(section: Any, chosen: Any, store: ExampleStore, dropped: Collection[int]) -> dict[str, Any]:
     """The parts of a report that look into the rows: quality, lengths, categories, languages, voices."""
     rows = chosen.rows
     kept = [index for index in range(len(rows)) if index not in dropped]
-    supervised = supervised_of(store)
     groups = section.group_field
     voices: dict[str, Any] = {}
     if groups:
@@ -115,7 +106,7 @@ def describe(section: Any, chosen: Any, store: ExampleStore, dropped: Collection
         voices["agreement"] = _plain(annotators.agreement([rows[i] for i in kept], section.rating_field, groups))
     return {
         "quality": chosen.quality.to_dict(),
-        "lengths": {"tokens": spread(store.lengths), "supervised": spread(supervised)},
+        "lengths": {"tokens": spread(store.lengths), "supervised": spread(store.supervised)},
         "categories": {
             "by_source": table([chosen.categories[i] for i in kept], [rows[i] for i in kept]),
             "decided_by": dict(Counter(chosen.categories[i].by for i in kept)),

@@ -16,11 +16,9 @@ import numpy as np
 
 from itune.data.mixture import Mixture, draws, realised
 from itune.data.order import consecutive, torch_permutation
-from itune.data.packing import pack
+from itune.data.packing import Rows, pack
 from itune.data.store import ExampleStore
 from itune.types import Batch, InputError
-
-Rows = list[np.ndarray]
 
 
 class Loader:
@@ -52,7 +50,7 @@ class Loader:
     @property
     def efficiency(self) -> float:
         """Share of the first epoch's token positions that hold a token."""
-        tokens = int(self.store.lengths[np.concatenate(self._plan(0))].sum())
+        tokens = int(self.store.lengths[self._plan(0).members].sum())
         return tokens / (self.steps_per_epoch * self.batch_size * self.max_length)
 
     @property
@@ -67,14 +65,14 @@ class Loader:
 
     def realised(self) -> dict[str, Any]:
         """The first epoch by source and category: draws, repeats, shares in examples and in supervised tokens."""
-        chosen = np.concatenate(self._plan(0))
+        chosen = self._plan(0).members
         return realised(self.store, chosen) | {"epochs": self.epoch(self.total_steps - 1)}
 
     @property
     def max_segments(self) -> int:
         """Examples in the fullest row of the run, the padding after them counted as one."""
         epochs = self._locate(self.total_steps - 1)[0] + 1 if self.mixture else 1
-        return max(fullest(self._plan(epoch)) for epoch in range(epochs))
+        return max(int(self._plan(epoch).counts.max()) for epoch in range(epochs)) + 1
 
     def batch(self, step: int) -> Batch:
         """The global batch of `step`, counted from 0: int32 and float32 arrays of shape (batch_size, max_length)."""
@@ -101,7 +99,7 @@ class Loader:
         steps = range(start_step, self.total_steps)
         return prefetched(((step, self.rows(step, start, stop)) for step in steps), ahead)
 
-    def _members(self, step: int) -> Rows:
+    def _members(self, step: int) -> list[np.ndarray]:
         epoch, inside = self._locate(step)
         rows = self._plan(epoch)[inside * self.batch_size : (inside + 1) * self.batch_size]
         return consecutive(rows, self.batch_size, self.accumulation) if self.compat else rows
@@ -133,20 +131,20 @@ class Loader:
         """Rows of example indices of one epoch, in training order."""
         if self.compat:
             rows = self._rows_of(np.arange(len(self.store)))
-            return [rows[i] for i in torch_permutation(len(rows), self.seed + epoch).tolist()]
+            return rows.ordered(torch_permutation(len(rows), self.seed + epoch))
         rng = np.random.default_rng([self.seed, epoch])
         chosen = draws(self.store, self.mixture, (self.seed, epoch))
         rows = self._rows_of(chosen[rng.permutation(len(chosen))])
-        return [rows[i] for i in rng.permutation(len(rows)).tolist()]
+        return rows.ordered(rng.permutation(len(rows)))
 
     def _rows_of(self, chosen: np.ndarray) -> Rows:
         """Examples in rows: several a row, or one."""
         if self.packing:
-            return [chosen[row] for row in pack(self.store.lengths[chosen], self.max_length)]
+            return pack(self.store.lengths[chosen], self.max_length).among(chosen)
         longest = int(self.store.lengths[chosen].max())
         if longest > self.max_length:
             raise InputError(f"an example has {longest} tokens; expected at most data.max_length={self.max_length}")
-        return [chosen[i : i + 1] for i in range(len(chosen))]
+        return Rows(chosen, np.ones(len(chosen), np.int64))
 
 
 def make_loader(config: Any, store: ExampleStore) -> Loader:
@@ -157,7 +155,7 @@ def make_loader(config: Any, store: ExampleStore) -> Loader:
                   compat=config.compat, accumulation=train.accumulation)  # fmt: skip
 
 
-def fullest(rows: Rows) -> int:
+def fullest(rows: Sequence[np.ndarray]) -> int:
     """Runs of equal segment id in the fullest row: its examples, and padding."""
     return max((len(row) for row in rows), default=0) + 1
 
@@ -229,7 +227,7 @@ class EvalBatches(Sequence[Batch]):
             index_BL[b, : len(filled)] = filled
         return index_BL
 
-    def _members(self, number: int) -> Rows:
+    def _members(self, number: int) -> list[np.ndarray]:
         if not -len(self) <= number < len(self):
             raise IndexError(f"batch {number} of {len(self)}")
         number %= len(self)

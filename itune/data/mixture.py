@@ -12,7 +12,6 @@ import numpy as np
 
 from itune.data import balance
 from itune.data.categories import CATEGORIES
-from itune.data.census import supervised_of
 from itune.data.store import ExampleStore
 from itune.types import InputError
 
@@ -95,9 +94,8 @@ def draws(store: ExampleStore, mixture: Mixture, seed: Sequence[int]) -> np.ndar
 def realised(store: ExampleStore, chosen: np.ndarray) -> dict[str, Any]:
     """What an epoch comes to, by source and by category: rows, draws, shares in examples and supervised tokens."""
     sources = [store.source_names[number] for number in store.sources.tolist()]
-    supervised = supervised_of(store).tolist()
-    return {"by_source": balance.realised(sources, chosen, supervised),
-            "by_category": balance.realised(category_names(store), chosen, supervised)}  # fmt: skip
+    return {"by_source": balance.realised(sources, chosen, store.supervised),
+            "by_category": balance.realised(category_names(store), chosen, store.supervised)}  # fmt: skip
 
 
 def planned_counts(sizes: Mapping[str, int], weights: Mapping[str, float]) -> dict[str, int]:

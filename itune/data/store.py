@@ -20,17 +20,18 @@ from itune.types import Address, Conversation, Example, Message
 class ExampleStore:
     """A sequence of Examples. `lengths` int32 [n]; `sources` int32 [n] indexes `source_names`.
 
-    `categories` int8 [n] indexes `categories.CATEGORIES`; -1 where none was decided.
+    `supervised` int32 [n]: tokens that carry weight; the first token never counts. `categories` int8 [n] indexes
+    `categories.CATEGORIES`; -1 where none was decided.
     """
 
     def __init__(self, tokens: np.ndarray, weights: np.ndarray, offsets: np.ndarray, sources: np.ndarray,
                  source_names: Sequence[str], files: Sequence[str], places: np.ndarray, metadata: Any,
-                 fingerprint: str, categories: np.ndarray | None = None):  # fmt: skip
+                 supervised: np.ndarray, fingerprint: str, categories: np.ndarray | None = None):  # fmt: skip
         self.tokens, self.weights, self.offsets = tokens, weights, offsets
         self.sources, self.source_names = sources, tuple(source_names)
         self._files, self._places_N2, self._metadata = tuple(files), places, metadata
         self.lengths = np.diff(offsets).astype(np.int32)
-        self.fingerprint = fingerprint
+        self.supervised, self.fingerprint = supervised, fingerprint
         self.categories = np.full(len(self.lengths), -1, np.int8) if categories is None else categories
 
     def __len__(self) -> int:
@@ -51,11 +52,6 @@ class ExampleStore:
     def metadata(self, index: int) -> dict[str, Any]:
         return self._metadata[index]
 
-    @property
-    def supervised_tokens(self) -> int:
-        """Tokens that carry weight."""
-        return int(np.count_nonzero(self.weights))
-
 
 class Writer:
     """Appends examples to a folder, in the order given; memory does not grow with them."""
@@ -71,6 +67,7 @@ class Writer:
         self._metadata_lengths: list[int] = []
         self._sources: list[int] = []
         self._places: list[tuple[int, int]] = []
+        self._supervised: list[int] = []
         self._categories: list[int] = []
         self._source_names: dict[str, int] = {}
         self._files: dict[str, int] = {}
@@ -85,6 +82,7 @@ class Writer:
         self._hashers[0].update(tokens)
         self._hashers[1].update(weights)
         address = example.address
+        self._supervised.append(supervised(example))
         self._categories.append(category)
         self._lengths.append(len(example.token_ids))
         self._metadata_lengths.append(len(line))
@@ -97,14 +95,16 @@ class Writer:
             stream.close()
         lengths = np.asarray(self._lengths, np.int64)
         digest = _digest(self._hashers[0].digest(), self._hashers[1].digest(), lengths)
-        np.savez(
-            self._folder / "index.npz",
-            offsets=np.r_[0, np.cumsum(lengths)].astype(np.int64),
-            metadata_offsets=np.r_[0, np.cumsum(np.asarray(self._metadata_lengths, np.int64))].astype(np.int64),
-            sources=np.asarray(self._sources, np.int32),
-            places=np.asarray(self._places, np.int64).reshape(-1, 2),
-            categories=np.asarray(self._categories, np.int8),
-        )
+        arrays = {
+            "offsets": np.r_[0, np.cumsum(lengths)].astype(np.int64),
+            "metadata_offsets": np.r_[0, np.cumsum(np.asarray(self._metadata_lengths, np.int64))].astype(np.int64),
+            "sources": np.asarray(self._sources, np.int32),
+            "places": np.asarray(self._places, np.int64).reshape(-1, 2),
+            "supervised": np.asarray(self._supervised, np.int32),
+            "categories": np.asarray(self._categories, np.int8),
+        }
+        for name, array in arrays.items():
+            np.save(self._folder / f"{name}.npy", array)
         names = {"source_names": list(self._source_names), "files": list(self._files), "digest": digest}
         (self._folder / "names.json").write_text(json.dumps(names))
         return digest
@@ -126,18 +126,20 @@ class _Lines(Sequence):
 
 def read_store(folder: Path) -> ExampleStore:
     """The store in a folder, memory-mapped. Raises ValueError where a file differs from what was written."""
-    with np.load(folder / "index.npz", allow_pickle=False) as index:
-        arrays = {name: index[name] for name in index.files}
+    arrays = {path.stem: np.load(path, mmap_mode="r", allow_pickle=False) for path in folder.glob("*.npy")}
     names = json.loads((folder / "names.json").read_text())
     offsets = arrays["offsets"]
     tokens = _mapped(folder / "tokens.int32", np.dtype(np.int32), int(offsets[-1]))
     weights = _mapped(folder / "weights.float32", np.dtype(np.float32), int(offsets[-1]))
-    if _digest(_sha256(tokens), _sha256(weights), np.diff(offsets)) != names["digest"]:
+    # through a file, not through the mapping: pages that nobody trains on yet would count as this process's memory
+    found = _file_sha256(folder / "tokens.int32"), _file_sha256(folder / "weights.float32")
+    if _digest(found[0], found[1], np.diff(offsets)) != names["digest"]:
         raise ValueError(f"{folder} holds other bytes than were written")
     raw = _mapped(folder / "metadata.jsonl", np.dtype(np.uint8), int(arrays["metadata_offsets"][-1]))
     metadata = _Lines(raw, arrays["metadata_offsets"])
     return ExampleStore(tokens, weights, offsets, arrays["sources"], names["source_names"], names["files"],
-                        arrays["places"], metadata, names["digest"], arrays["categories"])  # fmt: skip
+                        arrays["places"], metadata, arrays["supervised"], names["digest"],
+                        arrays["categories"])  # fmt: skip
 
 
 def memory_store(examples: Iterable[Example]) -> ExampleStore:
@@ -154,7 +156,12 @@ def memory_store(examples: Iterable[Example]) -> ExampleStore:
     offsets = np.r_[0, np.cumsum(lengths)].astype(np.int64)
     return ExampleStore(tokens, weights, offsets, sources, list(source_names), list(files),
                         np.asarray(places, np.int64).reshape(-1, 2), [dict(e.metadata) for e in examples],
-                        digest)  # fmt: skip
+                        np.asarray([supervised(e) for e in examples], np.int32), digest)  # fmt: skip
+
+
+def supervised(example: Example) -> int:
+    """Tokens of an example that carry weight; its first token is never a target."""
+    return int(np.count_nonzero(example.loss_weights[1:]))
 
 
 def conversation_to_json(conversation: Conversation) -> dict[str, Any]:
@@ -172,6 +179,11 @@ def conversation_from_json(stored: Mapping[str, Any]) -> Conversation:
 def hash_of(value: Any) -> str:
     """Hash of JSON types, whatever the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _file_sha256(path: Path) -> bytes:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").digest()
 
 
 def _sha256(array: np.ndarray) -> bytes:

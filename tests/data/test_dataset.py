@@ -60,7 +60,7 @@ def test_examples_are_the_rows_in_order(run, write_rows, tokenizer):
         assert example.address.line == i + 1 and example.metadata == {"task": f"t{i % 3}", "score": i}
     tokens = sum(len(dataset.train[i].token_ids) for i in range(300))
     assert dataset.report["tokens"] == tokens == dataset.train.lengths.sum()
-    assert dataset.report["supervised_tokens"] == dataset.train.supervised_tokens
+    assert dataset.report["supervised_tokens"] == dataset.train.supervised.sum()
 
 
 def test_everything_left_out_is_counted_with_its_reason(run, write_rows):

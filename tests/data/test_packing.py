@@ -35,6 +35,14 @@ def test_is_best_fit_decreasing_and_loses_nothing(case):
     assert sorted(filled) == sorted(naive_best_fit(lengths, max_length))
 
 
+def test_rows_in_another_order_and_of_other_indices():
+    rows = pack(np.asarray([3, 5, 2, 4, 1, 5]), 6)
+    listed = [row.tolist() for row in rows]
+    assert [row.tolist() for row in rows.ordered(np.arange(len(rows))[::-1])] == listed[::-1]
+    assert [row.tolist() for row in rows.among(np.arange(10, 16))] == [[10 + i for i in row] for row in listed]
+    assert [row.tolist() for row in rows[1:]] == listed[1:] and rows[-1].tolist() == listed[-1]
+
+
 def test_fills_rows_of_log_normal_lengths_in_no_time():
     lengths = np.clip(np.random.default_rng(0).lognormal(5.3, 0.8, 100_000).astype(np.int32), 1, 2048)
     start = time.process_time()
