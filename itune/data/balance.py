@@ -200,32 +200,28 @@ def pick(groups: Sequence[Hashable], draws: Mapping[Any, int], seed: int | Seque
 
 
 def realised(
-    groups: Sequence[Hashable], chosen: np.ndarray, tokens: Sequence[int] | np.ndarray | None = None
+    numbers: np.ndarray, names: Sequence[str], chosen: np.ndarray, tokens: Sequence[int] | np.ndarray | None = None
 ) -> dict[str, Any]:
     """What a plan comes to: by group rows, draws, shares in examples and supervised tokens, mean and most repeats.
 
-    `tokens` has the supervised tokens of every row. `effective_groups` is exp(entropy) of the example shares.
+    `numbers` is the group of every row, an index of `names`; `tokens` has the supervised tokens of every row.
+    `effective_groups` is exp(entropy) of the example shares.
     """
-    drawn = np.bincount(chosen, minlength=len(groups))
-    weight = np.asarray(tokens if tokens is not None else np.zeros(len(groups)), np.float64)
-    names = sorted(set(groups), key=str)
-    place = {name: number for number, name in enumerate(names)}
-    group_of_row = np.array([place[name] for name in groups], np.int64)
-    rows = np.bincount(group_of_row, minlength=len(names))
-    draws = np.bincount(group_of_row, weights=drawn, minlength=len(names))
-    mass = np.bincount(group_of_row, weights=drawn * weight, minlength=len(names))
+    drawn = np.bincount(chosen, minlength=len(numbers))
+    rows = np.bincount(numbers, minlength=len(names))
+    draws = np.bincount(numbers, weights=drawn, minlength=len(names))
+    mass = np.bincount(numbers, weights=drawn * (0 if tokens is None else np.asarray(tokens)), minlength=len(names))
     shares = draws / max(1.0, draws.sum())
-    most = [int(drawn[group_of_row == number].max(initial=0)) for number in range(len(names))]
     by_group = {
-        str(name): {
+        name: {
             "rows": int(rows[number]),
             "draws": int(draws[number]),
             "share_of_examples": float(shares[number]),
             "share_of_tokens": float(mass[number] / mass.sum()) if mass.sum() else None,
             "repeats": float(draws[number] / rows[number]),
-            "most_repeats": most[number],
+            "most_repeats": int(drawn[numbers == number].max(initial=0)),
         }
-        for number, name in enumerate(names)
+        for name, number in sorted((str(names[number]), number) for number in np.flatnonzero(rows).tolist())
     }
     positive = shares[shares > 0]
     effective = float(np.exp(-(positive * np.log(positive)).sum()))

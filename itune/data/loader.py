@@ -144,7 +144,7 @@ class Loader:
         longest = int(self.store.lengths[chosen].max())
         if longest > self.max_length:
             raise InputError(f"an example has {longest} tokens; expected at most data.max_length={self.max_length}")
-        return Rows(chosen, np.ones(len(chosen), np.int64))
+        return Rows(chosen, np.ones(len(chosen), np.int32))
 
 
 def make_loader(config: Any, store: ExampleStore) -> Loader:

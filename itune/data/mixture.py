@@ -80,10 +80,10 @@ def category_names(store: ExampleStore) -> list[str]:
 
 
 def draws(store: ExampleStore, mixture: Mixture, seed: Sequence[int]) -> np.ndarray:
-    """Example indices (int64) of one epoch, by group; within a group no example is drawn more than once more often
+    """Example indices of one epoch, by group; within a group no example is drawn more than once more often
     than another. `seed` decides which ones are drawn once more."""
     if not mixture:
-        return np.arange(len(store))
+        return np.arange(len(store), dtype=np.int32)
     groups, made = plan(store, mixture)
     chosen = balance.pick(groups, made.draws, seed)
     if not len(chosen):
@@ -93,9 +93,9 @@ def draws(store: ExampleStore, mixture: Mixture, seed: Sequence[int]) -> np.ndar
 
 def realised(store: ExampleStore, chosen: np.ndarray) -> dict[str, Any]:
     """What an epoch comes to, by source and by category: rows, draws, shares in examples and supervised tokens."""
-    sources = [store.source_names[number] for number in store.sources.tolist()]
-    return {"by_source": balance.realised(sources, chosen, store.supervised),
-            "by_category": balance.realised(category_names(store), chosen, store.supervised)}  # fmt: skip
+    categories = store.categories % len(CATEGORIES)  # -1, none decided, is the last one: unknown
+    return {"by_source": balance.realised(store.sources, store.source_names, chosen, store.supervised),
+            "by_category": balance.realised(categories, CATEGORIES, chosen, store.supervised)}  # fmt: skip
 
 
 def planned_counts(sizes: Mapping[str, int], weights: Mapping[str, float]) -> dict[str, int]:

@@ -19,7 +19,7 @@ class Rows(Sequence[np.ndarray]):
 
     def __init__(self, members: np.ndarray, counts: np.ndarray):
         self.members, self.counts = members, counts
-        self._ends = np.cumsum(counts)
+        self._ends = np.cumsum(counts, dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.counts)
@@ -43,7 +43,7 @@ class Rows(Sequence[np.ndarray]):
 
 def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """start, start + 1, ... for each start, as many as its count."""
-    ends = np.cumsum(counts)
+    ends = np.cumsum(counts, dtype=np.int64)
     return np.repeat(starts - (ends - counts), counts) + np.arange(ends[-1] if len(ends) else 0)
 
 
@@ -56,7 +56,7 @@ def pack(lengths: np.ndarray, max_length: int) -> Rows:
     """
     lengths = np.asarray(lengths)
     if len(lengths) == 0:
-        return Rows(np.zeros(0, np.int32), np.zeros(0, np.int64))
+        return Rows(np.zeros(0, np.int32), np.zeros(0, np.int32))
     if lengths.min() < 1 or lengths.max() > max_length:
         worst = int(np.argmax((lengths < 1) | (lengths > max_length)))
         raise InputError(f"packing: example {worst} has {int(lengths[worst])} tokens; "
@@ -91,4 +91,4 @@ def pack(lengths: np.ndarray, max_length: int) -> Rows:
     of_row, run_starts, run_counts = (np.frombuffer(column, np.int64) for column in placed)
     by_row = np.argsort(of_row, kind="stable")
     members = order[_ranges(run_starts[by_row], run_counts[by_row])]
-    return Rows(members, np.bincount(of_row, run_counts).astype(np.int64))
+    return Rows(members, np.bincount(of_row, run_counts).astype(np.int32))

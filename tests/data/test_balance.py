@@ -95,7 +95,7 @@ def test_pick_draws_evenly_and_repeatably():
     assert sorted(counts[:5]) == [2, 2, 2, 3, 3] and sorted(counts[5:]) == [0, 1, 1]
     assert (chosen == balance.pick(groups, {"b": 2, "a": 12}, seed=4)).all()
     assert any((chosen != balance.pick(groups, {"a": 12, "b": 2}, seed=other)).any() for other in range(5))
-    told = balance.realised(groups, chosen, tokens=[10] * 5 + [40] * 3)
+    told = balance.realised(np.asarray([g == "b" for g in groups], int), ("a", "b"), chosen, [10] * 5 + [40] * 3)
     assert told["draws"] == 14 and told["groups"]["a"]["share_of_examples"] == pytest.approx(12 / 14)
     assert told["groups"]["a"]["share_of_tokens"] == pytest.approx(120 / 200)
     assert told["groups"]["a"]["most_repeats"] == 3 and told["groups"]["b"]["repeats"] == pytest.approx(2 / 3)
