@@ -9,9 +9,8 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
-import numpy as np
-
 from itune.data.render import render_many, truncated
+from itune.data.store import supervised
 from itune.data.templates import Tokenizer
 from itune.types import Conversation, Example
 
@@ -52,13 +51,9 @@ def fit(conversation: Conversation, example: Example, tokenizer: Tokenizer, max_
 
 
 def _judged(whole: Part, parts: list[Part], reason: str) -> Fitted:
-    targets = [_targets(part.example) for part in (whole, *parts)]
+    targets = [supervised(part.example) for part in (whole, *parts)]
     lost = len(whole.example.token_ids) - sum(len(part.example.token_ids) for part in parts)
     return Fitted(tuple(parts), "" if parts else reason, max(0, lost), max(0, targets[0] - sum(targets[1:])))
-
-
-def _targets(example: Example) -> int:
-    return int(np.count_nonzero(example.loss_weights[1:]))
 
 
 class _Exchanges:
