@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks import inputs
 from benchmarks.row import Bound, Row
 
-EXAMPLES, LENGTH, CHECKED = 96, 1024, 24
+EXAMPLES, LENGTH, CHECKED = 192, 1024, 24
 
 
 def prepare(folder: Path) -> None:

@@ -12,7 +12,8 @@ KEPT = "itune_kept"
 
 
 def keep(x: jax.Array) -> jax.Array:
-    """Mark what `dots` keeps: what a projection gives, its adapter and bias added, and what splash attention gives."""
+    """Mark what `dots` keeps: what a projection gives, its adapter and bias added, and what attention gives on TPU and
+    CPU."""
     return checkpoint_name(x, KEPT)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from itune.models.attention import attention, choose_backend, cpu
+from itune.models.remat import POLICIES
 from itune.sharding import make_mesh
 
 CASES = {
@@ -98,3 +99,17 @@ def test_chosen_on_one_cpu_device_for_whole_long_rows():
     assert choose_backend("auto", query, query, mesh=make_mesh({"fsdp": 8})) == "xla"
     short = jax.ShapeDtypeStruct((2, 200, 4, 8), jnp.float32)
     assert choose_backend("auto", short, short) == "xla"
+
+
+def test_dots_spares_the_second_forward_pass():
+    query, key, value, segments, out = inputs(length=300)
+
+    def layer(scale):
+        given = {"q_segments_BL": segments, "kv_segments_BS": segments, "backend": "blocks"}
+        return jnp.sum(jnp.tanh(attention(scale * query, scale * key, scale * value, **given)) * out)
+
+    def products(layer):
+        return str(jax.make_jaxpr(jax.grad(layer))(1.0)).count("dot_general")
+
+    found = {name: products(jax.checkpoint(layer, policy=policy)) for name, policy in POLICIES.items()}
+    assert products(layer) == found["dots"] == found["full"] - 2

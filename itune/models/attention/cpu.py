@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from itune.models.layers import precision
+from itune.models.remat import keep
 
 BLOCK = 64  # queries, and keys, at a time: two thirds of the time that 128 take, and less is hidden in packed rows
 SHORTEST = 256  # tokens of a row
@@ -135,7 +136,7 @@ def _forward(static: _Static, query_PKRH: Any, key_PKSH: Any, value_PKSH: Any, s
         return None, ((mixed_KRH / sum_KR[..., None]).astype(query_PKRH.dtype), most_KR + jnp.log(sum_KR))
 
     given = (jnp.arange(len(first_P)), query_PKRH, segments_PS, first_P)
-    _, (mixed_PKRH, normaliser_PKR) = jax.lax.scan(one, None, given)
+    mixed_PKRH, normaliser_PKR = map(keep, jax.lax.scan(one, None, given)[1])
     return mixed_PKRH, (query_PKRH, key_PKSH, value_PKSH, segments_PS, first_P, mixed_PKRH, normaliser_PKR)
 
 
