@@ -147,10 +147,11 @@ def _narrow_first(product: Any, a: jax.Array, b: jax.Array) -> jax.Array:
     """The same product with the narrower operand first, where turning the result costs little against turning that.
 
     XLA transposes the first operand of such a product on a CPU, and forms what it is made of a second time, in
-    strides: a gated activation took as long as its products. The barrier keeps it from turning the product back.
+    strides: a gated activation took as long as its products. An entry so formed costs about three that are only turned.
+    The barrier keeps XLA from turning the product back.
     """
-    rows = math.prod(a.shape[:-1])
-    if a.shape[-1] < b.shape[-1] or 4 * b.shape[-1] > rows:
+    rows, wide, narrow = math.prod(a.shape[:-1]), a.shape[-1], b.shape[-1]
+    if wide < narrow or wide * narrow + rows * narrow > 3 * rows * wide:
         return product(a, b)
     return jax.lax.optimization_barrier(product(b, a)).T
 
