@@ -60,13 +60,15 @@ def prepare_data(config: Config, log: Log, tokenizer_known: Callable[[Any], None
     """
     from itune.data.dataset import prepare
     from itune.data.loader import make_loader
-    from itune.data.templates import load_tokenizer
+    from itune.data.remembered import recall_tokenizer
 
     if not config.model.path:
         raise InputError("config: model.path is empty; set it to a folder with config.json and safetensors or a hub id")
     if not config.data.train:
         raise InputError("config: data.train is empty; set it to a file, a folder or a dataset id")
-    tokenizer = load_tokenizer(config.model.path, config.data.chat_template, config.model.revision or None)
+    tokenizer = recall_tokenizer(
+        config.model.path, config.data.chat_template, config.model.revision or None, config.data.cache_dir
+    )
     tokenizer_known(tokenizer)
     dataset = prepare(config.data, tokenizer, seed=config.seed, log=log)
     loader = make_loader(config, dataset.train)

@@ -77,7 +77,7 @@ def prepare(section: Any, tokenizer: Any, seed: int = 0, log: Callable[[str], No
     sources = open_sources(section.train, "data.train")
     eval_sources = open_sources(section.eval, "data.eval") if section.eval else []
     inputs = fingerprint_inputs(section, sources, eval_sources, tokenizer, seed)
-    folder = cache_folder(section.cache_dir) / hash_of({**inputs, "code": _code_digest()})[:32]
+    folder = cache_folder(section.cache_dir) / hash_of({**inputs, "code": code_digest()})[:32]
     try:
         with locked(folder.with_suffix(".lock")):
             dataset = _open(folder, log)
@@ -136,7 +136,7 @@ def _open(folder: Path, log: Callable[[str], None]) -> Dataset | None:
         return None
 
 
-def _code_digest() -> str:
+def code_digest() -> str:
     """Hash of this package's code: what another version wrote is not read."""
     hasher = hashlib.sha256()
     for file in sorted(Path(__file__).parent.glob("*.py")):

@@ -1,0 +1,92 @@
+"""A tokenizer that is read only when text is: what a run needs of it before that is remembered from an earlier run.
+
+Reading one imports transformers: most of a second, several with a large vocabulary. A run whose data are in the cache
+then trains, and an evaluation that generates reads the tokenizer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from itune.data.dataset import cache_folder, code_digest
+from itune.data.templates import ChatTemplate, load_tokenizer
+from itune.data.tokenizer import Tokenizer
+from itune.storage.fetch import local_folder
+from itune.writers import write_atomically
+
+READ = (".json", ".jinja", ".model", ".txt")  # suffixes of what a tokenizer is made of
+
+
+def recall_tokenizer(path: str, chat_template: str = "", revision: str | None = None, cache_dir: str = "") -> Tokenizer:
+    """`load_tokenizer(path, chat_template, revision)`, put off until more is asked than is remembered.
+
+    What is remembered goes by the bytes of the folder's files and of the template's, by the libraries' releases and by
+    our code, so it is what would be read. A hub id is read at once: what it names may change.
+    """
+
+    def load() -> Tokenizer:
+        return load_tokenizer(path, chat_template, revision)
+
+    folder = Path(local_folder(path))
+    if not folder.is_dir():
+        return load()
+    kept = cache_folder(cache_dir) / "tokenizers" / f"{_digest(folder, chat_template)}.json"
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return Remembered(json.loads(kept.read_text()), load)
+    tokenizer = load()
+    if tokenizer.template:
+        with contextlib.suppress(OSError):  # without it the next run reads the tokenizer again
+            write_atomically(kept, json.dumps(_facts(tokenizer)))
+    return tokenizer
+
+
+class Remembered(Tokenizer):
+    """A Tokenizer of remembered facts. Any other attribute reads the tokenizer, once, and is then as it says."""
+
+    def __init__(self, facts: dict[str, Any], load: Callable[[], Tokenizer]):
+        self._load, self._lock = load, threading.RLock()
+        # in the instance, where the class's cached property of the name is not asked
+        self.__dict__.update(vocab_size=int(facts["vocab_size"]), fingerprint=str(facts["fingerprint"]),
+                             added_tokens=tuple(facts["added_tokens"]), template=ChatTemplate(**facts["template"]))
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") and name != "_source_stops":
+            raise AttributeError(name)
+        with self._lock:
+            if "hf" not in self.__dict__:
+                self.__dict__.update(self._load().__dict__)
+        return object.__getattribute__(self, name)
+
+
+def _facts(tokenizer: Tokenizer) -> dict[str, Any]:
+    template = tokenizer.template
+    assert template is not None
+    return {
+        "vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint,
+        "added_tokens": tokenizer.added_tokens,
+        "template": {name: getattr(template, name) for name in ("source", "name", "variables")},
+    }  # fmt: skip
+
+
+def _digest(folder: Path, chat_template: str) -> str:
+    hasher = hashlib.sha256()
+
+    def add(*parts: str | bytes) -> None:
+        for part in parts:
+            data = part.encode() if isinstance(part, str) else part
+            hasher.update(len(data).to_bytes(8, "big") + data)
+
+    add(code_digest(), chat_template, *(importlib.metadata.version(name) for name in ("transformers", "tokenizers")))
+    near = [*folder.glob("*"), *folder.glob("additional_chat_templates/*")]
+    files = [file for file in sorted(near) if file.suffix in READ and file.is_file()]
+    template = Path(chat_template).expanduser()
+    for file in [*files, *([template] if chat_template and template.is_file() else [])]:
+        add(str(file), file.read_bytes())
+    return hasher.hexdigest()
