@@ -19,6 +19,7 @@ from itune.data.dataset import cache_folder, code_digest
 from itune.data.templates import ChatTemplate, load_tokenizer
 from itune.data.tokenizer import Tokenizer
 from itune.storage.fetch import local_folder
+from itune.types import InputError
 from itune.writers import write_atomically
 
 READ = (".json", ".jinja", ".model", ".txt")  # suffixes of what a tokenizer is made of
@@ -48,20 +49,33 @@ def recall_tokenizer(path: str, chat_template: str = "", revision: str | None = 
 
 
 class Remembered(Tokenizer):
-    """A Tokenizer of remembered facts. Any other attribute reads the tokenizer, once, and is then as it says."""
+    """A Tokenizer of remembered facts. Any other attribute reads the tokenizer, once, and is then as it says.
+
+    Raises InputError where what is read then is not what the facts were taken from.
+    """
 
     def __init__(self, facts: dict[str, Any], load: Callable[[], Tokenizer]):
         self._load, self._lock = load, threading.RLock()
         # in the instance, where the class's cached property of the name is not asked
-        self.__dict__.update(vocab_size=int(facts["vocab_size"]), fingerprint=str(facts["fingerprint"]),
-                             added_tokens=tuple(facts["added_tokens"]), template=ChatTemplate(**facts["template"]))
+        self.__dict__.update(
+            vocab_size=int(facts["vocab_size"]),
+            fingerprint=str(facts["fingerprint"]),
+            added_tokens=tuple(facts["added_tokens"]),
+            template=ChatTemplate(**facts["template"]),
+        )
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") and name != "_source_stops":
             raise AttributeError(name)
         with self._lock:
             if "hf" not in self.__dict__:
-                self.__dict__.update(self._load().__dict__)
+                read = self._load()
+                if read.fingerprint != self.fingerprint:
+                    raise InputError(
+                        f"model.path: the tokenizer of {read.hf.name_or_path} changed since this run "
+                        "began; put the former files back"
+                    )
+                self.__dict__.update(read.__dict__)
         return object.__getattribute__(self, name)
 
 
