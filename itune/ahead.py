@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -37,8 +38,10 @@ class Ahead:
         return compiled(make_plan(config, data, lambda line: None))
 
     def step(self, plan: Plan) -> Any:
-        """The compiled step of the plan."""
-        return self._compiling.result() if self._compiling else compiled(plan)
+        """The compiled step of the plan; with it the start is over, and garbage is collected again."""
+        step = self._compiling.result() if self._compiling else compiled(plan)
+        gc.enable()
+        return step
 
 
 def compiled(plan: Plan) -> Any:

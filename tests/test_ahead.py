@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 
 import jax
@@ -82,3 +83,14 @@ def test_without_a_number_of_steps_it_waits_for_the_data(folder, tmp_path, compi
 def test_a_fault_of_the_config_is_said_once_and_by_the_run(folder, tmp_path, compiling):
     with pytest.raises(InputError, match=r"train\.batch_size"):
         train(settings(folder, **{"train.max_steps": 3, "train.batch_size": 3}), tmp_path / "run")
+
+
+def test_garbage_is_collected_again_before_the_first_step(folder, tmp_path):
+    seen = []
+    gc.disable()
+    try:
+        run = settings(folder, **{"train.max_steps": 2})
+        train(run, tmp_path / "run", on_step=lambda *_: seen.append(gc.isenabled()))
+    finally:
+        gc.enable()
+    assert seen and all(seen)

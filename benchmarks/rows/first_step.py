@@ -77,8 +77,8 @@ def both(command: list[str], folder: Path) -> dict[str, Any]:
 ROW = Row(
     title="From the command to the end of the first optimizer step: 15M-parameter Llama, 1,000 conversations of GSM8K, "
     "4 packed rows of 512.",
-    note="cold: no compiled program, no tokenised data; warm: the second start. Both pack, so that the step has the same "
-    "tokens (each row a micro-batch of the peer, as in the row tokens). CPU-seconds of itune hold its whole "
+    note="cold: no compiled program, no tokenised data; warm: the second start. Both pack, so that the step has the "
+    "same tokens (each row a micro-batch of the peer, as in the row tokens). CPU-seconds of itune hold its whole "
     "command, with the checkpoint that it saves; the peer leaves after the step.",
     sides={"itune": itune, "trl": trl},
     prepare=prepare,

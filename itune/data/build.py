@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import gc
 import json
 import os
 import shutil
@@ -37,6 +38,7 @@ def build(folder: Path, section: Any, sources: list[Source], eval_sources: list[
     `inputs` is what the fingerprint covers. Raises InputError for bad input with its address.
     """
     started = time.monotonic()
+    gc.enable()  # a start of `itune train` has it off, and this may take long
     temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.writing-", dir=folder.parent))
     try:
         report = _build(temporary, section, sources, eval_sources, tokenizer, seed, inputs)
