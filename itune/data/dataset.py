@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -136,6 +137,7 @@ def _open(folder: Path, log: Callable[[str], None]) -> Dataset | None:
         return None
 
 
+@functools.cache
 def code_digest() -> str:
     """Hash of this package's code: what another version wrote is not read."""
     hasher = hashlib.sha256()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from itune.data.dataset import cache_folder, code_digest
+from itune.data.store import hash_of
 from itune.data.templates import ChatTemplate, load_tokenizer
 from itune.data.tokenizer import Tokenizer
 from itune.storage.fetch import local_folder
@@ -90,17 +91,13 @@ def _facts(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _digest(folder: Path, chat_template: str) -> str:
-    hasher = hashlib.sha256()
-
-    def add(*parts: str | bytes) -> None:
-        for part in parts:
-            data = part.encode() if isinstance(part, str) else part
-            hasher.update(len(data).to_bytes(8, "big") + data)
-
-    add(code_digest(), chat_template, *(importlib.metadata.version(name) for name in ("transformers", "tokenizers")))
     near = [*folder.glob("*"), *folder.glob("additional_chat_templates/*")]
-    files = [file for file in sorted(near) if file.suffix in READ and file.is_file()]
+    files = {file: file.read_bytes() for file in near if file.suffix in READ and file.is_file()}
     template = Path(chat_template).expanduser()
-    for file in [*files, *([template] if chat_template and template.is_file() else [])]:
-        add(str(file), file.read_bytes())
-    return hasher.hexdigest()
+    if chat_template and template.is_file():
+        files[template] = template.read_bytes()
+    return hash_of({
+        "code": code_digest(), "template": chat_template,
+        "releases": [importlib.metadata.version(name) for name in ("transformers", "tokenizers")],
+        "files": {str(file): hashlib.sha256(data).hexdigest() for file, data in files.items()},
+    })  # fmt: skip
