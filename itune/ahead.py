@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from itune.config import Config
+from itune.kept_step import Compiled, are_used, compile_step
 from itune.plan.inputs import stand_in
 from itune.setup_run import Plan, make_plan
 
@@ -21,28 +22,39 @@ class Ahead:
     """
 
     def __init__(self, config: Config, early: bool = True) -> None:
-        self._config, self._early = config, early
-        self._compiling: Future[Any] | None = None
+        self._config, self._early, self._keep = config, early, are_used()
+        self._compiling: Future[Compiled] | None = None
+        self._settling: Future[None] | None = None
 
     def begin(self, tokenizer: Any) -> None:
         """Start, now that the tokenizer is known: the vocabulary may grow by its tokens."""
         if self._early and self._config.train.max_steps and jax.process_count() == 1 and jax.default_backend() == "cpu":
-            pool = ThreadPoolExecutor(1)
-            self._compiling = pool.submit(self._compile, tokenizer)
-            pool.shutdown(wait=False)
+            self._compiling = _beside(self._compile, tokenizer)
 
-    def _compile(self, tokenizer: Any) -> Any:
+    def _compile(self, tokenizer: Any) -> Compiled:
         judging = dataclasses.replace(self._config.eval, patience=0)  # the program does not judge
         config = dataclasses.replace(self._config, evaluators=(), eval=judging)
         data = dataclasses.replace(stand_in(config, config.train.max_steps), tokenizer=tokenizer)
-        return compiled(make_plan(config, data, lambda line: None))
+        return compile_step(make_plan(config, data, lambda line: None), self._keep)
 
     def step(self, plan: Plan) -> Any:
         """The compiled step of the plan; with it the start is over, and garbage is collected again."""
-        step = self._compiling.result() if self._compiling else compiled(plan)
+        self._compiled = self._compiling.result() if self._compiling else compile_step(plan, self._keep)
         gc.enable()
-        return step
+        return self._compiled.step
+
+    def settle(self, plan: Plan) -> None:
+        """Once the first step has run, see in a thread whether its program was this plan's (`Compiled.settle`)."""
+        self._settling = self._settling or _beside(self._compiled.settle, plan)
+
+    def settled(self) -> None:
+        """Wait for that. Raises RunError where it was not: nothing may be saved."""
+        if self._settling:
+            self._settling.result()
 
 
-def compiled(plan: Plan) -> Any:
-    return plan.step.lower(plan.state, plan.batch).compile()
+def _beside(call: Any, *given: Any) -> Future[Any]:
+    pool = ThreadPoolExecutor(1)
+    future = pool.submit(call, *given)
+    pool.shutdown(wait=False)
+    return future

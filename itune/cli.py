@@ -98,9 +98,11 @@ def _train(arguments: argparse.Namespace) -> int:
         return supervisor.supervise(command, arguments.restart_on_failure, local_workdir(arguments.workdir))
     supervisor.end_with_parent()
     gc.disable()  # until the step is there (ahead.py): imports and tracing keep what they make; 1/8 of a warm start
+    from itune.kept_step import kept_steps
     from itune.loop import train
 
-    result = train(_config(arguments), workdir=arguments.workdir)
+    with kept_steps():
+        result = train(_config(arguments), workdir=arguments.workdir)
     _finish(arguments, result.summary)
     return 143 if result.preempted else 0
 

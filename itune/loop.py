@@ -248,6 +248,7 @@ class Run:
             if "first_step" not in self.seconds:
                 self.seconds["first_step"] = time.monotonic() - self.started
                 self.seconds["first_step_of_process"] = process_age()
+                self.ahead.settle(self.plan)
             mark("step", step)
             if line := self.skipped.count(step, values, self._examples, self._kept):
                 self.log(line)
@@ -295,6 +296,7 @@ class Run:
         """Begin a save in the background; what the step waits for it is counted in `seconds["save"]`."""
         if not _all_finite((state.trainable, state.opt_state)):
             raise RunError(f"step {self.done}: parameters or optimizer state are not finite; they are not saved")
+        self.ahead.settled()
         data = {"fingerprint": self.data.loader.fingerprint, "step": self.done, "total_steps": self.total,
                 "seed": self.config.seed, "mesh": dict(self.plan.mesh.shape), "processes": jax.process_count(),
                 "skipped": [self.skipped.total, self.skipped.in_row], "frozen": self.frozen}
@@ -349,9 +351,7 @@ class Run:
 
     def summary(self, preempted: bool) -> dict[str, Any]:
         return {
-            "step": self.done,
-            "total_steps": self.total,
-            "preempted": preempted,
+            "step": self.done, "total_steps": self.total, "preempted": preempted,
             "metrics": self.metrics,
             "stopped_early": self.stalled if self.done < self.total else "",
             "before": self.judge.results.get(0, {}),

@@ -51,6 +51,7 @@ class Plan:
     step: TrainStep
     state: Any  # TrainState of ShapeDtypeStructs with shardings
     batch: Batch  # of ShapeDtypeStructs with shardings
+    total_steps: int
 
 
 def prepare_data(config: Config, log: Log, tokenizer_known: Callable[[Any], None] = lambda tokenizer: None) -> Data:
@@ -121,7 +122,7 @@ def make_plan(
     state = abstract_state(model, optimizer, mesh, trainable=trainable, frozen=frozen)
     if devices is None:
         log(one_line(config, model, mesh, state))
-    return Plan(config, mesh, model, tuning, optimizer, step, state, batch)
+    return Plan(config, mesh, model, tuning, optimizer, step, state, batch, data.loader.total_steps)
 
 
 def make_tuning(config: Config, model: Any) -> Tuning:

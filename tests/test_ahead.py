@@ -27,14 +27,14 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def compiling(monkeypatch):
     """The threads that compiled a step, and an event for the first."""
-    threads, begun, real = [], threading.Event(), itune.ahead.compiled
+    threads, begun, real = [], threading.Event(), itune.ahead.compile_step
 
-    def noted(plan):
+    def noted(plan, keep):
         threads.append(threading.current_thread())
         begun.set()
-        return real(plan)
+        return real(plan, keep)
 
-    monkeypatch.setattr(itune.ahead, "compiled", noted)
+    monkeypatch.setattr(itune.ahead, "compile_step", noted)
     return threads, begun
 
 

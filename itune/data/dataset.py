@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import hashlib
 import json
 import os
 import shutil
@@ -21,7 +19,7 @@ from itune.data.sources import Source, open_sources
 from itune.data.store import ExampleStore, conversation_from_json, hash_of, read_store
 from itune.data.templates import Tokenizer, require_template
 from itune.storage.cache import cache_folder as user_cache
-from itune.storage.cache import locked
+from itune.storage.cache import code_digest, locked
 from itune.types import Conversation, RunError
 from itune.writers import write_atomically
 
@@ -78,7 +76,7 @@ def prepare(section: Any, tokenizer: Any, seed: int = 0, log: Callable[[str], No
     sources = open_sources(section.train, "data.train")
     eval_sources = open_sources(section.eval, "data.eval") if section.eval else []
     inputs = fingerprint_inputs(section, sources, eval_sources, tokenizer, seed)
-    folder = cache_folder(section.cache_dir) / hash_of({**inputs, "code": code_digest()})[:32]
+    folder = cache_folder(section.cache_dir) / hash_of({**inputs, "code": code_digest(Path(__file__).parent)})[:32]
     try:
         with locked(folder.with_suffix(".lock")):
             dataset = _open(folder, log)
@@ -135,12 +133,3 @@ def _open(folder: Path, log: Callable[[str], None]) -> Dataset | None:
     except (ValueError, KeyError, TypeError, OSError) as error:
         log(f"data: the cache in {folder} is damaged and is built again: {error}")
         return None
-
-
-@functools.cache
-def code_digest() -> str:
-    """Hash of this package's code: what another version wrote is not read."""
-    hasher = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.glob("*.py")):
-        hasher.update(file.read_bytes())
-    return hasher.hexdigest()

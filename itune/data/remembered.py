@@ -15,10 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from itune.data.dataset import cache_folder, code_digest
+from itune.data.dataset import cache_folder
 from itune.data.store import hash_of
 from itune.data.templates import ChatTemplate, load_tokenizer
 from itune.data.tokenizer import Tokenizer
+from itune.storage.cache import code_digest
 from itune.storage.fetch import local_folder
 from itune.types import InputError
 from itune.writers import write_atomically
@@ -97,7 +98,7 @@ def _digest(folder: Path, chat_template: str) -> str:
     if chat_template and template.is_file():
         files[template] = template.read_bytes()
     return hash_of({
-        "code": code_digest(), "template": chat_template,
+        "code": code_digest(Path(__file__).parent), "template": chat_template,
         "releases": [importlib.metadata.version(name) for name in ("transformers", "tokenizers")],
         "files": {str(file): hashlib.sha256(data).hexdigest() for file, data in files.items()},
     })  # fmt: skip

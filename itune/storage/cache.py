@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import os
 from collections.abc import Iterator
@@ -15,6 +16,15 @@ from itune.storage.bucket import is_url
 def cache_folder() -> Path:
     """`$XDG_CACHE_HOME/itune`, or `~/.cache/itune`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "itune"
+
+
+@functools.cache
+def code_digest(package: Path) -> str:
+    """Hash of a package's code: what another version of it wrote is not read."""
+    hasher = hashlib.sha256()
+    for file in sorted(package.rglob("*.py")):
+        hasher.update(file.read_bytes())
+    return hasher.hexdigest()
 
 
 @contextlib.contextmanager
