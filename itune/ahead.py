@@ -25,16 +25,20 @@ class Ahead:
         self._config, self._early, self._keep = config, early, are_used()
         self._compiling: Future[Compiled] | None = None
         self._settling: Future[None] | None = None
+        if not config.data.chat_template:  # else it may add tokens, for which the embedding grows
+            self.begin()
 
-    def begin(self, tokenizer: Any) -> None:
-        """Start, now that the tokenizer is known: the vocabulary may grow by its tokens."""
-        if self._early and self._config.train.max_steps and jax.process_count() == 1 and jax.default_backend() == "cpu":
+    def begin(self, tokenizer: Any = None) -> None:
+        """Start if that has not been done, with the tokenizer where it may have added tokens."""
+        may = self._early and self._config.train.max_steps and not self._compiling
+        if may and jax.process_count() == 1 and jax.default_backend() == "cpu":
             self._compiling = _beside(self._compile, tokenizer)
 
     def _compile(self, tokenizer: Any) -> Compiled:
         judging = dataclasses.replace(self._config.eval, patience=0)  # the program does not judge
         config = dataclasses.replace(self._config, evaluators=(), eval=judging)
-        data = dataclasses.replace(stand_in(config, config.train.max_steps), tokenizer=tokenizer)
+        data = stand_in(config, config.train.max_steps)
+        data = dataclasses.replace(data, tokenizer=tokenizer or data.tokenizer)
         return compile_step(make_plan(config, data, lambda line: None), self._keep)
 
     def step(self, plan: Plan) -> Any:

@@ -11,6 +11,7 @@ import tiny_run
 
 import itune.ahead
 import itune.data.dataset
+import itune.data.remembered
 from itune.config import load_config
 from itune.loop import train
 from itune.types import InputError
@@ -65,6 +66,20 @@ def test_it_compiles_once_while_the_data_are_read(folder, tmp_path, compiling, m
     monkeypatch.setattr(jax, "default_backend", lambda: "another")  # where it does not compile early
     train(settings(folder, **{"train.max_steps": 3}), tmp_path / "late")
     assert losses(tmp_path / "early") == losses(tmp_path / "late")
+
+
+@pytest.mark.parametrize("template", ["", "chatml"])
+def test_it_waits_for_the_tokenizer_only_where_that_may_add_tokens(folder, tmp_path, compiling, monkeypatch, template):
+    threads, begun = compiling
+    real = itune.data.remembered.recall_tokenizer
+
+    def recall(*given):
+        assert begun.wait(60) if not template else not threads
+        return real(*given)
+
+    monkeypatch.setattr(itune.data.remembered, "recall_tokenizer", recall)
+    train(settings(folder, **{"train.max_steps": 2, "data.chat_template": template}), tmp_path / "run")
+    assert len(threads) == 1
 
 
 def test_without_a_number_of_steps_it_waits_for_the_data(folder, tmp_path, compiling, monkeypatch):

@@ -97,14 +97,24 @@ _TABLE: list[tuple[str, str, str, Callable[[re.Match], bool]]] = [
     ("personal", "phone number", r"(?<![\w.+-])(?:\(\d{3}\) ?|\d{3}[.-])\d{3}[.-]\d{4}(?![\w-])", _always),
     ("personal", "network address", r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?![\w.]*\w)", _public_address),
 ]
-_RULES = [(group, kind, re.compile(pattern), check) for group, kind, pattern, check in _TABLE]
+# what a match of a kind holds, one of these: to look for it takes a tenth of the time of the pattern
+_HOLDS = {
+    "private key": ("PRIVATE KEY",), "AWS access key": ("AKIA", "ASIA", "AGPA", "AROA", "AIDA"),
+    "GitHub token": ("ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_"), "GitLab token": ("glpat-",),
+    "Slack token": ("xox",), "Google key": ("AIza",), "Hugging Face token": ("hf_",),
+    "npm or PyPI token": ("npm_", "pypi-"), "Stripe key": ("k_live_", "k_test_"), "API key": ("sk-",),
+    "JSON web token": ("eyJ",), "password in a URL": ("://",), "assigned secret": ("=", ":"), "e-mail address": ("@",),
+    "social security number": ("-",),
+}  # fmt: skip
+_RULES = [(group, kind, re.compile(pattern), check, _HOLDS.get(kind, ("",))) for group, kind, pattern, check in _TABLE]
 
 
 def scan(text: str) -> list[Match]:
     """Every secret and personal datum in a text, left to right, without overlaps."""
     found = [
         Match(group, kind, *(each.span("value") if "value" in each.groupdict() else each.span()))
-        for group, kind, pattern, check in _RULES
+        for group, kind, pattern, check, holds in _RULES
+        if any(part in text for part in holds)
         for each in pattern.finditer(text)
         if check(each)
     ]
