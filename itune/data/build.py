@@ -25,7 +25,7 @@ from itune.data.render import render_many
 from itune.data.selection import clear, select
 from itune.data.sources import Source
 from itune.data.store import ExampleStore, Writer, conversation_to_json, hash_of, read_store
-from itune.data.templates import Tokenizer
+from itune.data.templates import Tokenizer, require_template
 from itune.types import Conversation, InputError, Message
 
 CHUNK = 256  # conversations that are encoded as one batch
@@ -37,6 +37,7 @@ def build(folder: Path, section: Any, sources: list[Source], eval_sources: list[
 
     `inputs` is what the fingerprint covers. Raises InputError for bad input with its address.
     """
+    require_template(tokenizer)
     started = time.monotonic()
     gc.enable()  # a start of `itune train` has it off, and this may take long
     temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.writing-", dir=folder.parent))

@@ -10,14 +10,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from itune.data.build import build
 from itune.data.limits import judge, require
-from itune.data.page import page
-from itune.data.quality import predicate_digest
-from itune.data.render import as_tokenizer
 from itune.data.sources import Source, open_sources
 from itune.data.store import ExampleStore, conversation_from_json, hash_of, read_store
-from itune.data.templates import Tokenizer, require_template
+from itune.data.tokenizer import Tokenizer
 from itune.storage.cache import cache_folder as user_cache
 from itune.storage.cache import code_digest, locked
 from itune.types import Conversation, RunError
@@ -59,6 +55,8 @@ class Dataset:
         for name in RECORDS:
             shutil.copyfile(self.folder / name, part := folder / f".{name}.part")
             os.replace(part, folder / name)
+        from itune.data.page import page
+
         proof = json.loads((folder / "heldout_proof.json").read_text())
         write_atomically(folder / "report.html", page(self.report, judge(section, self.report), proof))
 
@@ -71,8 +69,10 @@ def prepare(section: Any, tokenizer: Any, seed: int = 0, log: Callable[[str], No
     input with its address, and RunError where the cache folder cannot be written. With `check`, InputError too where
     fewer held-out prompts than `novel_min` remain, or the data go beyond one of `limits`.
     """
-    tokenizer = as_tokenizer(tokenizer)
-    require_template(tokenizer)
+    if not isinstance(tokenizer, Tokenizer):
+        from itune.data.render import as_tokenizer
+
+        tokenizer = as_tokenizer(tokenizer)
     sources = open_sources(section.train, "data.train")
     eval_sources = open_sources(section.eval, "data.eval") if section.eval else []
     inputs = fingerprint_inputs(section, sources, eval_sources, tokenizer, seed)
@@ -83,6 +83,8 @@ def prepare(section: Any, tokenizer: Any, seed: int = 0, log: Callable[[str], No
             if dataset is not None:
                 log(f"data: {len(dataset.train):,} examples from the cache in {folder}")
             else:
+                from itune.data.build import build  # with all rules for quality, a fifth of a second
+
                 build(folder, section, sources, eval_sources, tokenizer, seed, inputs, log)
                 dataset = _open(folder, log)
     except OSError as error:
@@ -107,7 +109,11 @@ def fingerprint_inputs(section: Any, sources: list[Source], eval_sources: list[S
     """All that decides the content of the examples, by name: what a resumed run is compared with."""
     inputs: dict[str, Any] = {name: getattr(section, name) for name in FINGERPRINTED}
     inputs["quality"] = dataclasses.asdict(section.quality)
-    inputs["predicate_code"] = predicate_digest(section.predicate) if section.predicate else ""
+    inputs["predicate_code"] = ""
+    if section.predicate:
+        from itune.data.quality import predicate_digest
+
+        inputs["predicate_code"] = predicate_digest(section.predicate)
     inputs["tokenizer"] = tokenizer.fingerprint
     inputs["train"] = {source.name: source.digest() for source in sources}
     inputs["eval"] = {source.name: source.digest() for source in eval_sources}

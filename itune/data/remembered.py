@@ -24,6 +24,7 @@ from itune.storage.fetch import local_folder
 from itune.types import InputError
 from itune.writers import write_atomically
 
+TEMPLATE = ("source", "name", "variables")  # what a chat template is made of
 READ = (".json", ".jinja", ".model", ".txt")  # suffixes of what a tokenizer is made of
 
 
@@ -63,13 +64,15 @@ class Remembered(Tokenizer):
             vocab_size=int(facts["vocab_size"]),
             fingerprint=str(facts["fingerprint"]),
             added_tokens=tuple(facts["added_tokens"]),
-            template=ChatTemplate(**facts["template"]),
+            _template={name: facts["template"][name] for name in TEMPLATE},
         )
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") and name != "_source_stops":
             raise AttributeError(name)
         with self._lock:
+            if name == "template" and "hf" not in self.__dict__:  # compiled when something is rendered
+                return self.__dict__.setdefault(name, ChatTemplate(**self._template))
             if "hf" not in self.__dict__:
                 read = self._load()
                 if read.fingerprint != self.fingerprint:
@@ -87,7 +90,7 @@ def _facts(tokenizer: Tokenizer) -> dict[str, Any]:
     return {
         "vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint,
         "added_tokens": tokenizer.added_tokens,
-        "template": {name: getattr(template, name) for name in ("source", "name", "variables")},
+        "template": {name: getattr(template, name) for name in TEMPLATE},
     }  # fmt: skip
 
 

@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from itune.data.stops import source_stop_ids
 from itune.data.tokenizer import Tokenizer
 from itune.storage.fetch import local_folder
@@ -68,6 +66,8 @@ class ChatTemplate:
     """A compiled chat template. `source` is Jinja as transformers stores it, `name` says where it came from."""
 
     def __init__(self, source: str, name: str, variables: dict[str, Any]):
+        from jinja2 import TemplateSyntaxError
+
         from itune.data.sandbox import Sandbox
 
         self.source, self.name, self.variables = source, name, variables
@@ -75,17 +75,19 @@ class ChatTemplate:
         self._sandbox = Sandbox()
         try:
             self._template = self._sandbox.compiled(source)
-        except jinja2.TemplateSyntaxError as error:
+        except TemplateSyntaxError as error:
             raise InputError(f"chat template {name}:{error.lineno}: {error.message}; "
                              "expected a Jinja chat template") from error
 
     def render(self, messages: Sequence[dict[str, Any]], tools: Any = None, add_generation_prompt: bool = False) -> str:
         """The text of a conversation. Raises TemplateRefusal with the template's own words."""
+        from jinja2 import TemplateError
+
         variables = {**self.variables, "messages": messages, "tools": tools, "documents": None,
                      "add_generation_prompt": add_generation_prompt}  # fmt: skip
         try:
             return self._sandbox.render(self._template, variables)
-        except jinja2.TemplateError as error:
+        except TemplateError as error:
             raise TemplateRefusal(str(error)) from error
         except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError) as error:
             raise TemplateRefusal(f"{type(error).__name__}: {error}") from error

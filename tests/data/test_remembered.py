@@ -101,7 +101,7 @@ def test_one_without_template_and_one_that_cannot_be_kept(recall, folder, tmp_pa
     assert not (tmp_path / "cache" / "tokenizers").exists()
 
 
-def test_prepared_data_are_opened_without_transformers(folder, write_rows, tmp_path):
+def test_prepared_data_are_opened_without_what_prepares_them(folder, write_rows, tmp_path):
     rows = write_rows([{"messages": TALK}] * 3)
     program = f"""
 import sys
@@ -109,11 +109,12 @@ from itune.config import from_dict
 from itune.setup_run import prepare_data
 data = {{"train": {rows!r}, "max_length": 64, "cache_dir": {str(tmp_path / "cache")!r}}}
 data = prepare_data(from_dict({{"model": {{"path": {str(folder)!r}}}, "data": data}}), lambda text: None)
-print(len(data.dataset.train), data.tokenizer.vocab_size, "transformers" in sys.modules)
+heavy = {{"transformers", "tokenizers", "jinja2", "itune.data.build"}} & set(sys.modules)
+print(len(data.dataset.train), data.tokenizer.vocab_size, len(heavy))
 """
     first, second = (
         subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
         for _ in range(2)
     )
     assert first[:2] == second[:2]
-    assert (first[2], second[2]) == ("True", "False")
+    assert (first[2], second[2]) == ("4", "0")
