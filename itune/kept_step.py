@@ -68,7 +68,7 @@ class Compiled:
         if self.file and self.lowered:
             with contextlib.suppress(OSError, ValueError, NotImplementedError):  # a full disk; constants inside
                 _write(self.file, self.step, _program(self.lowered))
-        elif self.file and _program(plan.step.lower(plan.state, plan.batch)) != self.program:
+        elif self.file and _program(_lowered(plan, self.file)) != self.program:
             self.file.unlink(missing_ok=True)
             raise RunError(
                 f"the compiled step kept in {self.file} is not the one of this run; it was removed and nothing was "
@@ -91,11 +91,18 @@ def compile_step(plan: Plan, keep: bool = False) -> Compiled:
     if file:
         with contextlib.suppress(Exception):  # absent, damaged, of another jaxlib: it is compiled again
             return _read(file, plan)
-    lowered = plan.step.lower(plan.state, plan.batch)
+    lowered = _lowered(plan, file)
     with _found_compiled() as found:
         step = lowered.compile()
-    # jax 0.10 writes an executable that it read itself without its functions
     return Compiled(step, None if found else file, lowered=lowered)
+
+
+def _lowered(plan: Plan, file: Path | None) -> Any:
+    """The program; one to keep has a name that jax's cache only has after this very key was compiled.
+
+    For what jax 0.10 read from its cache it cannot write: its functions are left out.
+    """
+    return (plan.step.named(file.name[:8]) if file else plan.step).lower(plan.state, plan.batch)
 
 
 def key(plan: Plan) -> str:

@@ -206,6 +206,15 @@ def test_what_jax_had_in_its_cache_is_not_written(start, caches):
     assert (code, made, len(losses)) == (0, 1, 2) and not caches.exists()
 
 
+def test_other_code_for_the_same_program_is_kept_too(start, caches, monkeypatch):
+    """What jax's cache holds of it cannot be written again, so it is compiled once more and then kept."""
+    _, losses, _, _ = start("first")
+    monkeypatch.setattr(kept_step, "code_digest", lambda package: "a release that changes something else")
+    assert start("second")[1] == losses and len(list(caches.iterdir())) == 2
+    code, again, _, made = start("third")
+    assert (code, again, made) == (0, losses, 0)
+
+
 def test_a_program_that_calls_train_compiles_its_own(start, caches, folder, tmp_path):
     start("first")
     lowered = []
