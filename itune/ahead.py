@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,8 +25,9 @@ class Ahead:
     def __init__(self, config: Config, early: bool = True) -> None:
         self._config, self._early, self._keep = config, early, are_used()
         self._compiling: Future[Compiled] | None = None
-        self._settling: Future[None] | None = None
-        if not config.data.chat_template:  # else it may add tokens, for which the embedding grows
+        self._unsettled: Compiled | None = None
+        # a template may add tokens, for which the embedding grows; a hub id may be absent, or take long to fetch
+        if config.data.train and not config.data.chat_template and Path(config.model.path or "?").is_dir():
             self.begin()
 
     def begin(self, tokenizer: Any = None) -> None:
@@ -43,18 +45,20 @@ class Ahead:
 
     def step(self, plan: Plan) -> Any:
         """The compiled step of the plan; with it the start is over, and garbage is collected again."""
-        self._compiled = self._compiling.result() if self._compiling else compile_step(plan, self._keep)
+        self._unsettled = self._compiling.result() if self._compiling else compile_step(plan, self._keep)
         gc.enable()
-        return self._compiled.step
+        return self._unsettled.step
 
     def settle(self, plan: Plan) -> None:
-        """Once the first step has run, see in a thread whether its program was this plan's (`Compiled.settle`)."""
-        self._settling = self._settling or _beside(self._compiled.settle, plan)
+        """Once the first step has run, and once: see whether its program was this plan's (`Compiled.settle`)."""
+        if self._unsettled:
+            self._unsettled.settle(plan)
+            self._unsettled = None
 
-    def settled(self) -> None:
-        """Wait for that. Raises RunError where it was not: nothing may be saved."""
-        if self._settling:
-            self._settling.result()
+    def distrust(self) -> None:
+        """The run failed: if that was before its step was settled, no other run takes that step."""
+        if self._unsettled:
+            self._unsettled.forget()
 
 
 def _beside(call: Any, *given: Any) -> Future[Any]:

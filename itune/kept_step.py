@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,13 +28,13 @@ import numpy as np
 import optax
 from jax.experimental import serialize_executable
 
-from itune.data.store import hash_of
 from itune.setup_run import Plan
 from itune.storage.cache import cache_folder, code_digest
 from itune.types import RunError
-from itune.writers import write_atomically
 
-KEEP = 16  # files, the last used ones; a step of scanned layers is one or two megabytes
+KEEP = 64  # files, the last used ones; a step of scanned layers is one or two megabytes
+_SECTIONS = ("model", "train", "optimizer", "loss", "lora", "mesh")  # of the config: what a plan is made of
+_OTHERS = ("epochs", "max_steps", "init_from", "max_skipped", "timeout")  # keys there that decide nothing of a step
 _on = contextvars.ContextVar("kept steps are used", default=False)
 
 
@@ -53,31 +54,52 @@ def are_used() -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """The step of a plan; where it may be kept, in which file and whether that is where it comes from."""
+    """A compiled step. `program`: hash of what it was lowered from; `file`: where it is kept, or shall be; `found`:
+    it comes from there."""
 
     step: Any
+    program: str = ""
     file: Path | None = None
-    program: str = ""  # hash of the lowered program
-    lowered: Any = None  # None: the step was found
+    found: bool = False
 
     def settle(self, plan: Plan) -> None:
-        """Compare a step that was found with the program of `plan`; keep one that was compiled.
+        """Compare the step with the program of `plan`, and keep it if that is to be.
 
         Raises RunError, with the file removed, where the step is another program's.
         """
-        if self.file and self.lowered:
-            with contextlib.suppress(OSError, ValueError, NotImplementedError):  # a full disk; constants inside
-                _write(self.file, self.step, _program(self.lowered))
-        elif self.file and _program(_lowered(plan, self.file)) != self.program:
-            self.file.unlink(missing_ok=True)
-            raise RunError(
-                f"the compiled step kept in {self.file} is not the one of this run; it was removed and nothing was "
-                "saved: start again"
-            )
+        if not self.program:
+            return
+        if _program(plan.step.lower(plan.state, plan.batch)) != self.program:
+            self.forget()
+            where = f" It was kept in {self.file}, which was removed." if self.found else ""
+            raise RunError(f"the compiled step is not the one of this run.{where} Nothing was saved: start again")
+        if self.file and not self.found:
+            with contextlib.suppress(Exception):  # a full disk, something that jax cannot write: the run goes on
+                _write(self.file, self.step, self.program)
+
+    def forget(self) -> None:
+        """Remove the file that the step was found in."""
+        if self.file and self.found:
+            with contextlib.suppress(OSError):
+                self.file.unlink(missing_ok=True)
 
 
-def may_keep(plan: Plan) -> bool:
-    """Whether `plan` is one to keep the step of: on CPUs; elsewhere to compile and to run take minutes."""
+def compile_step(plan: Plan, keep: bool = False) -> Compiled:
+    """The step of `plan`; with `keep`, on CPUs, from disk where an earlier start kept it."""
+    file = None
+    if keep and _may_keep(plan):
+        with contextlib.suppress(Exception):  # absent, damaged, of another jaxlib, no home: it is compiled
+            file = cache_folder() / "steps" / key(plan)
+            return _read(file, plan)
+    lowered = plan.step.lower(plan.state, plan.batch)
+    with _compiled_here() as here:
+        step = lowered.compile()
+    # what jax 0.10 took from its own cache it would write without its functions
+    return Compiled(step, _program(lowered) if file else "", file if here else None)
+
+
+def _may_keep(plan: Plan) -> bool:
+    """On CPUs alone: elsewhere compiling and running take minutes."""
     devices = list(plan.mesh.devices.flat)
     return (
         jax.process_count() == 1 and devices[0].platform == "cpu" and devices == jax.devices()
@@ -85,43 +107,23 @@ def may_keep(plan: Plan) -> bool:
     )
 
 
-def compile_step(plan: Plan, keep: bool = False) -> Compiled:
-    """The step of `plan`, with `keep` from disk where an earlier start kept it."""
-    file = cache_folder() / "steps" / key(plan) if keep and may_keep(plan) else None
-    if file:
-        with contextlib.suppress(Exception):  # absent, damaged, of another jaxlib: it is compiled again
-            return _read(file, plan)
-    lowered = _lowered(plan, file)
-    with _found_compiled() as found:
-        step = lowered.compile()
-    return Compiled(step, None if found else file, lowered=lowered)
-
-
-def _lowered(plan: Plan, file: Path | None) -> Any:
-    """The program; one to keep has a name that jax's cache only has after this very key was compiled.
-
-    For what jax 0.10 read from its cache it cannot write: its functions are left out.
-    """
-    return (plan.step.named(file.name[:8]) if file else plan.step).lower(plan.state, plan.batch)
-
-
 def key(plan: Plan) -> str:
-    """Hash of everything that decides the program and what it is compiled to."""
-    sections = ("model", "train", "optimizer", "loss", "lora", "mesh")
+    """Hash of everything that decides the program and what it is compiled to; also of the order of `rates`."""
+    config = {name: dataclasses.asdict(getattr(plan.config, name)) for name in _SECTIONS}
     leaves = jax.tree_util.tree_leaves_with_path((plan.state, plan.batch))
-    return hash_of({
+    return hashlib.sha256(json.dumps({
         "code": code_digest(Path(__file__).parent),
         "releases": [sys.version, *(module.__version__ for module in (jax, jaxlib, flax, optax, np))],
-        "config": {name: dataclasses.asdict(getattr(plan.config, name)) for name in sections},
+        "config": {**config, "train": {key: config["train"][key] for key in config["train"] if key not in _OTHERS}},
         "steps": plan.total_steps,
         "model": repr(dataclasses.replace(plan.model, max_segments=0)),  # for cuDNN alone
         "arguments": [
             [jax.tree_util.keystr(path), leaf.shape, str(leaf.dtype), str(leaf.sharding)] for path, leaf in leaves
         ],
         "jax": {name: repr(value) for name, value in jax.config.values.items()},
-        "environment": {name: value for name, value in os.environ.items() if name.startswith(("XLA_", "JAX_"))},
+        "environment": sorted(each for each in os.environ.items() if each[0].startswith(("XLA_", "JAX_"))),
         "machine": [platform.machine(), _processor(), [str(device) for device in jax.devices()]],
-    })  # fmt: skip
+    }).encode()).hexdigest()  # fmt: skip
 
 
 def _read(file: Path, plan: Plan) -> Compiled:
@@ -134,16 +136,23 @@ def _read(file: Path, plan: Plan) -> Compiled:
     taken = jax.tree.structure(((plan.state, plan.batch), {}))
     given = jax.tree.structure((plan.state, dict.fromkeys(about["metrics"], 0)))
     step = serialize_executable.deserialize_and_load(executable, taken, given)
-    os.utime(file)
-    return Compiled(step, file, about["program"])
+    with contextlib.suppress(OSError):
+        os.utime(file)
+    return Compiled(step, about["program"], file, found=True)
 
 
 def _write(file: Path, step: Any, program: str) -> None:
     executable, _, given = serialize_executable.serialize(step)
     _, metrics = jax.tree.unflatten(given, [0] * given.num_leaves)
     data = json.dumps({"program": program, "metrics": sorted(metrics)}).encode() + b"\n" + executable
-    write_atomically(file, hashlib.sha256(data).digest() + data)
-    file.chmod(0o600)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=file.parent)  # for this user alone
+    try:
+        with open(handle, "wb") as stream:
+            stream.write(hashlib.sha256(data).digest() + data)
+        os.replace(temporary, file)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
     by_age = sorted(file.parent.iterdir(), key=lambda kept: kept.stat().st_mtime)
     for kept in by_age[:-KEEP]:
         kept.unlink(missing_ok=True)
@@ -162,17 +171,17 @@ def _processor() -> str:
 
 
 @contextlib.contextmanager
-def _found_compiled() -> Iterator[list[str]]:
-    """What this thread took from jax's cache inside."""
-    taken: list[str] = []
+def _compiled_here() -> Iterator[list[str]]:
+    """Not empty if this thread compiles something inside and does not find it in jax's cache."""
+    missed: list[str] = []
     thread = threading.get_ident()
 
     def heard(event: str, **_: Any) -> None:
-        if event == "/jax/compilation_cache/cache_hits" and threading.get_ident() == thread:
-            taken.append(event)
+        if event == "/jax/compilation_cache/cache_misses" and threading.get_ident() == thread:
+            missed.append(event)
 
     jax.monitoring.register_event_listener(heard)
     try:
-        yield taken
+        yield missed
     finally:
         jax.monitoring.unregister_event_listener(heard)

@@ -248,7 +248,6 @@ class Run:
             if "first_step" not in self.seconds:
                 self.seconds["first_step"] = time.monotonic() - self.started
                 self.seconds["first_step_of_process"] = process_age()
-                self.ahead.settle(self.plan)
             mark("step", step)
             if line := self.skipped.count(step, values, self._examples, self._kept):
                 self.log(line)
@@ -265,6 +264,8 @@ class Run:
             if self.writers:
                 self.writers.write(step, self.metrics)
             mark("logged", step)
+        if "first_step" in self.seconds:  # while the device has the next one
+            self.ahead.settle(self.plan)
 
     def _kept(self) -> str:
         self.store.close()  # a save that is under way counts once it has ended
@@ -296,7 +297,6 @@ class Run:
         """Begin a save in the background; what the step waits for it is counted in `seconds["save"]`."""
         if not _all_finite((state.trainable, state.opt_state)):
             raise RunError(f"step {self.done}: parameters or optimizer state are not finite; they are not saved")
-        self.ahead.settled()
         data = {"fingerprint": self.data.loader.fingerprint, "step": self.done, "total_steps": self.total,
                 "seed": self.config.seed, "mesh": dict(self.plan.mesh.shape), "processes": jax.process_count(),
                 "skipped": [self.skipped.total, self.skipped.in_row], "frozen": self.frozen}
@@ -352,17 +352,17 @@ class Run:
     def summary(self, preempted: bool) -> dict[str, Any]:
         return {
             "step": self.done, "total_steps": self.total, "preempted": preempted,
-            "metrics": self.metrics,
-            "stopped_early": self.stalled if self.done < self.total else "",
+            "metrics": self.metrics, "stopped_early": self.stalled if self.done < self.total else "",
             "before": self.judge.results.get(0, {}),
             "after": self.judge.results.get(self.done, {}) if self.done else {},
-            "packing_efficiency": self.data.loader.efficiency,
-            "checkpoint_stall": self.seconds["save"],
+            "packing_efficiency": self.data.loader.efficiency, "checkpoint_stall": self.seconds["save"],
             "seconds": {**self.seconds, "total": time.monotonic() - self.started},
         }
 
     def tell_failure(self, error: Exception, wait: bool = True) -> str:
         """Write the crash record, once a save that was under way has ended; returns where it is."""
+        if hasattr(self, "ahead"):
+            self.ahead.distrust()
         if wait:
             self.store.close()
         return self.record.write_failure(

@@ -93,11 +93,6 @@ class TrainStep:
         self._function = function
         self._jitted: Any = None
 
-    def named(self, mark: str) -> TrainStep:
-        """The same step, its program named after `mark` too: jax's cache holds no other's."""
-        self._function.__name__, self._jitted = f"train_step_{mark}", None
-        return self
-
     def _jit(self, state: TrainState) -> Any:
         if isinstance(state.step, jax.core.Tracer):  # inside another jit or eval_shape, where nothing has a place yet
             return self._function

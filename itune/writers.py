@@ -31,12 +31,12 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file in one step: a reader sees the old or the new one."""
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file in one step: a reader sees the old or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
+        temporary.write_text(text)
         os.replace(temporary, path)
     except OSError:  # a full disk: leave no half of it
         with contextlib.suppress(OSError):

@@ -82,6 +82,13 @@ def test_it_waits_for_the_tokenizer_only_where_that_may_add_tokens(folder, tmp_p
     assert len(threads) == 1
 
 
+@pytest.mark.parametrize("wrong", [{"data.train": ""}, {"model.path": "some/hub-id"}])
+def test_it_does_not_begin_where_the_config_is_wrong_or_a_model_must_be_fetched(folder, compiling, wrong):
+    threads, begun = compiling
+    itune.ahead.Ahead(settings(folder, **{"train.max_steps": 2, **wrong}))
+    assert not begun.wait(1) and not threads
+
+
 def test_without_a_number_of_steps_it_waits_for_the_data(folder, tmp_path, compiling, monkeypatch):
     threads, _ = compiling
     real = itune.data.dataset.prepare

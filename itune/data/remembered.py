@@ -102,6 +102,6 @@ def _digest(folder: Path, chat_template: str) -> str:
         files[template] = template.read_bytes()
     return hash_of({
         "code": code_digest(Path(__file__).parent), "template": chat_template,
-        "releases": [importlib.metadata.version(name) for name in ("transformers", "tokenizers")],
+        "releases": [importlib.metadata.version(name) for name in ("transformers", "tokenizers", "jinja2")],
         "files": {str(file): hashlib.sha256(data).hexdigest() for file, data in files.items()},
     })  # fmt: skip
