@@ -27,6 +27,7 @@ def measured(clock: Clock, tokens: int, digest: Any) -> dict[str, Any]:
 def itune(folder: Path) -> dict[str, Any]:
     import shutil
 
+    import itune.data.build  # noqa: F401 (imported where data are prepared; the peer's imports are before the clock, too)
     from benchmarks import ours
     from itune.data.dataset import prepare as prepare_dataset
     from itune.data.templates import load_tokenizer
