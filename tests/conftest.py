@@ -27,6 +27,16 @@ def shared_data() -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def tiny_folder(tmp_path_factory) -> Path:
+    """`model/` and `rows.jsonl` of `tiny_run`, for the tests of one file."""
+    import tiny_run
+
+    folder = tmp_path_factory.mktemp("inputs")
+    tiny_run.make_inputs(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def base_folder(tmp_path_factory) -> Path:
     """A tiny model folder in bfloat16 with a byte tokenizer (any text survives it), without a chat template."""

@@ -7,22 +7,14 @@ import threading
 
 import jax
 import pytest
-import tiny_run
+from tiny_run import settings
 
 import itune.ahead
 import itune.data.dataset
 import itune.data.remembered
-from itune.config import load_config
 from itune.loop import train
 from itune.types import InputError
 from itune.writers import read_metrics
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("inputs")
-    tiny_run.make_inputs(folder)
-    return folder
 
 
 @pytest.fixture
@@ -39,19 +31,11 @@ def compiling(monkeypatch):
     return threads, begun
 
 
-def settings(folder, **changes):
-    return load_config("default", {
-        "model.path": str(folder / "model"), "data.train": str(folder / "rows.jsonl"), "data.max_length": 48,
-        "data.cache_dir": str(folder / "cache"), "train.batch_size": 8, "evaluators": (), "log.tensorboard": False,
-        "log.every": 1, **changes,
-    })  # fmt: skip
-
-
 def losses(workdir):
     return [record["loss"] for record in read_metrics(workdir / "metrics.jsonl")]
 
 
-def test_it_compiles_once_while_the_data_are_read(folder, tmp_path, compiling, monkeypatch):
+def test_it_compiles_once_while_the_data_are_read(tiny_folder, tmp_path, compiling, monkeypatch):
     threads, begun = compiling
     real = itune.data.dataset.prepare
 
@@ -60,16 +44,16 @@ def test_it_compiles_once_while_the_data_are_read(folder, tmp_path, compiling, m
         return real(*given, **more)
 
     monkeypatch.setattr(itune.data.dataset, "prepare", prepare)
-    train(settings(folder, **{"train.max_steps": 3}), tmp_path / "early")
+    train(settings(tiny_folder, **{"train.max_steps": 3}), tmp_path / "early")
     assert len(threads) == 1 and threads[0] is not threading.main_thread()
     monkeypatch.undo()
     monkeypatch.setattr(jax, "default_backend", lambda: "another")  # where it does not compile early
-    train(settings(folder, **{"train.max_steps": 3}), tmp_path / "late")
+    train(settings(tiny_folder, **{"train.max_steps": 3}), tmp_path / "late")
     assert losses(tmp_path / "early") == losses(tmp_path / "late")
 
 
 @pytest.mark.parametrize("template", ["", "chatml"])
-def test_it_waits_for_the_tokenizer_only_where_that_may_add_tokens(folder, tmp_path, compiling, monkeypatch, template):
+def test_it_waits_for_the_tokenizer_where_that_may_add_tokens(tiny_folder, tmp_path, compiling, monkeypatch, template):
     threads, begun = compiling
     real = itune.data.remembered.recall_tokenizer
 
@@ -78,18 +62,18 @@ def test_it_waits_for_the_tokenizer_only_where_that_may_add_tokens(folder, tmp_p
         return real(*given)
 
     monkeypatch.setattr(itune.data.remembered, "recall_tokenizer", recall)
-    train(settings(folder, **{"train.max_steps": 2, "data.chat_template": template}), tmp_path / "run")
+    train(settings(tiny_folder, **{"train.max_steps": 2, "data.chat_template": template}), tmp_path / "run")
     assert len(threads) == 1
 
 
 @pytest.mark.parametrize("wrong", [{"data.train": ""}, {"model.path": "some/hub-id"}])
-def test_it_does_not_begin_where_the_config_is_wrong_or_a_model_must_be_fetched(folder, compiling, wrong):
+def test_it_does_not_begin_where_the_config_is_wrong_or_a_model_must_be_fetched(tiny_folder, compiling, wrong):
     threads, begun = compiling
-    itune.ahead.Ahead(settings(folder, **{"train.max_steps": 2, **wrong}))
+    itune.ahead.Ahead(settings(tiny_folder, **{"train.max_steps": 2, **wrong}))
     assert not begun.wait(1) and not threads
 
 
-def test_without_a_number_of_steps_it_waits_for_the_data(folder, tmp_path, compiling, monkeypatch):
+def test_without_a_number_of_steps_it_waits_for_the_data(tiny_folder, tmp_path, compiling, monkeypatch):
     threads, _ = compiling
     real = itune.data.dataset.prepare
 
@@ -98,20 +82,20 @@ def test_without_a_number_of_steps_it_waits_for_the_data(folder, tmp_path, compi
         return real(*given, **more)
 
     monkeypatch.setattr(itune.data.dataset, "prepare", prepare)
-    train(settings(folder, **{"train.epochs": 0.5}), tmp_path / "run")
+    train(settings(tiny_folder, **{"train.epochs": 0.5}), tmp_path / "run")
     assert len(threads) == 1
 
 
-def test_a_fault_of_the_config_is_said_once_and_by_the_run(folder, tmp_path, compiling):
+def test_a_fault_of_the_config_is_said_once_and_by_the_run(tiny_folder, tmp_path, compiling):
     with pytest.raises(InputError, match=r"train\.batch_size"):
-        train(settings(folder, **{"train.max_steps": 3, "train.batch_size": 3}), tmp_path / "run")
+        train(settings(tiny_folder, **{"train.max_steps": 3, "train.batch_size": 3}), tmp_path / "run")
 
 
-def test_garbage_is_collected_again_before_the_first_step(folder, tmp_path):
+def test_garbage_is_collected_again_before_the_first_step(tiny_folder, tmp_path):
     seen = []
     gc.disable()
     try:
-        run = settings(folder, **{"train.max_steps": 2})
+        run = settings(tiny_folder, **{"train.max_steps": 2})
         train(run, tmp_path / "run", on_step=lambda *_: seen.append(gc.isenabled()))
     finally:
         gc.enable()

@@ -16,18 +16,10 @@ from jax.experimental.compilation_cache import compilation_cache
 import itune.ahead
 from itune import kept_step
 from itune.cli import main
-from itune.config import load_config
 from itune.loop import train
 from itune.setup_run import make_plan, prepare_data
 from itune.step import TrainStep
 from itune.writers import read_metrics
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("inputs")
-    tiny_run.make_inputs(folder)
-    return folder
 
 
 @pytest.fixture
@@ -46,7 +38,7 @@ def use_jax_cache(folder):
 
 
 @pytest.fixture
-def start(folder, tmp_path, caches, monkeypatch, capsys):
+def start(tiny_folder, tmp_path, caches, monkeypatch, capsys):
     """start(name, *more): the command's exit code, losses, what it wrote to stderr, and programs made before a step."""
     lowered, real_lower, real_settle = [], TrainStep.lower, itune.ahead.Ahead.settle
 
@@ -63,8 +55,8 @@ def start(folder, tmp_path, caches, monkeypatch, capsys):
 
     def run(name, *more, steps=2):
         lowered.clear()
-        words = tiny_run.command(folder, tmp_path / name, "--config.evaluators=()", f"--config.train.max_steps={steps}")
-        code = main([*words, *more])
+        words = tiny_run.command(tiny_folder, tmp_path / name, "--config.evaluators=()")
+        code = main([*words, f"--config.train.max_steps={steps}", *more])
         losses = [record["loss"] for record in read_metrics(tmp_path / name / "metrics.jsonl")]
         first = lowered.index("first step") if "first step" in lowered else len(lowered)
         return code, losses, capsys.readouterr().err, first
@@ -73,10 +65,7 @@ def start(folder, tmp_path, caches, monkeypatch, capsys):
 
 
 def plan_of(folder, **changes):
-    config = load_config("default", {
-        "model.path": str(folder / "model"), "data.train": str(folder / "rows.jsonl"), "data.max_length": 48,
-        "data.cache_dir": str(folder / "cache"), "evaluators": (), "train.max_steps": 2, **changes,
-    })  # fmt: skip
+    config = tiny_run.settings(folder, **{"train.max_steps": 2, **changes})
     return make_plan(config, prepare_data(config, lambda line: None), lambda line: None)
 
 
@@ -102,8 +91,8 @@ def test_a_resumed_run_uses_it(start, caches):
     assert (code, made, losses) == (0, 0, whole)
 
 
-def test_the_state_is_donated_and_placed_as_by_a_fresh_step(folder, caches):
-    plan = plan_of(folder, **{"train.batch_size": 8})
+def test_the_state_is_donated_and_placed_as_by_a_fresh_step(tiny_folder, caches):
+    plan = plan_of(tiny_folder, **{"train.batch_size": 8})
     made = kept_step.compile_step(plan, keep=True)
     made.settle(plan)
     found = kept_step.compile_step(plan, keep=True)
@@ -130,32 +119,32 @@ CHANGES = {
 }  # fmt: skip
 
 
-def test_the_key_holds_what_decides_the_program(folder, monkeypatch, tmp_path):
+def test_the_key_holds_what_decides_the_program(tiny_folder, monkeypatch, tmp_path):
     base = {"train.batch_size": 8, "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
-    keys = {"": kept_step.key(plan_of(folder, **base))}
+    keys = {"": kept_step.key(plan_of(tiny_folder, **base))}
     for name, value in CHANGES.items():
         changed = {**base, name: value} | ({"mesh.data": 1} if name == "mesh.fsdp" else {})
-        keys[name] = kept_step.key(plan_of(folder, **changed))
+        keys[name] = kept_step.key(plan_of(tiny_folder, **changed))
     monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"] + " --xla_cpu_enable_fast_math=true")
-    keys["XLA_FLAGS"] = kept_step.key(plan_of(folder, **base))
+    keys["XLA_FLAGS"] = kept_step.key(plan_of(tiny_folder, **base))
     monkeypatch.undo()
     with jax.default_matmul_precision("default"):
-        keys["precision"] = kept_step.key(plan_of(folder, **base))
+        keys["precision"] = kept_step.key(plan_of(tiny_folder, **base))
     monkeypatch.setattr(kept_step, "code_digest", lambda package: "other code")
-    keys["code"] = kept_step.key(plan_of(folder, **base))
+    keys["code"] = kept_step.key(plan_of(tiny_folder, **base))
     monkeypatch.undo()
     model = tmp_path / "model"
-    shutil.copytree(folder / "model", model)
+    shutil.copytree(tiny_folder / "model", model)
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "rope_theta": 12345.0, "rope_parameters": None}))
-    keys["weights of another model"] = kept_step.key(plan_of(folder, **{**base, "model.path": str(model)}))
+    keys["weights of another model"] = kept_step.key(plan_of(tiny_folder, **{**base, "model.path": str(model)}))
     same = keys.pop("train.accumulation")  # 1 is what it was
     assert same == keys[""]
     assert len(set(keys.values())) == len(keys), keys
     rates = [{"mlp": 2.0, "kernel": 0.5}, {"kernel": 0.5, "mlp": 2.0}]  # the first pattern that matches decides
-    assert len({kept_step.key(plan_of(folder, **{**base, "optimizer.rates": given})) for given in rates}) == 2
+    assert len({kept_step.key(plan_of(tiny_folder, **{**base, "optimizer.rates": given})) for given in rates}) == 2
     for name, value in {"seed": 7, "log.every": 3, "checkpoint.every": 5, "train.timeout": 9.0}.items():
-        assert kept_step.key(plan_of(folder, **{**base, name: value})) == keys[""], name
+        assert kept_step.key(plan_of(tiny_folder, **{**base, name: value})) == keys[""], name
 
 
 def test_the_step_of_another_program_is_found_out_before_anything_is_saved(start, caches, tmp_path):
@@ -228,8 +217,8 @@ def test_a_damaged_file_is_not_run(start, caches, damage, tmp_path):
     assert start("third")[3] == 0
 
 
-def test_a_file_that_others_may_write_is_not_loaded(folder, caches):
-    plan = plan_of(folder)
+def test_a_file_that_others_may_write_is_not_loaded(tiny_folder, caches):
+    plan = plan_of(tiny_folder)
     kept_step.compile_step(plan, keep=True).settle(plan)
     (kept,) = caches.iterdir()
     assert kept.stat().st_mode & 0o777 == 0o600
@@ -250,20 +239,19 @@ def test_what_jax_had_in_its_cache_is_not_written(start, caches):
     assert (code, made, len(losses)) == (0, 1, 2) and not caches.exists()
 
 
-def test_a_program_that_calls_train_compiles_its_own(start, caches, folder, tmp_path):
+def test_a_program_that_calls_train_compiles_its_own(start, caches, tiny_folder, tmp_path):
     start("first")
     lowered = []
-    changed = {"model.path": str(folder / "model"), "data.train": str(folder / "rows.jsonl"), "data.max_length": 48,
-               "data.held_out_share": 0.1, "evaluators": (), "train.max_steps": 2, "log.tensorboard": False}
     (kept,) = caches.iterdir()
     kept.write_bytes(b"")  # what it would read
-    train(load_config("default", changed), tmp_path / "run", on_step=lambda *given: lowered.append(given))
+    run = tiny_run.settings(tiny_folder, **{"train.max_steps": 2})
+    train(run, tmp_path / "run", on_step=lambda *given: lowered.append(given))
     assert kept.read_bytes() == b"" and len(lowered) == 2
 
 
-def test_the_last_used_are_kept(folder, caches, monkeypatch):
+def test_the_last_used_are_kept(tiny_folder, caches, monkeypatch):
     monkeypatch.setattr(kept_step, "KEEP", 2)
-    plans = [plan_of(folder, **{"optimizer.learning_rate": rate}) for rate in (1e-3, 2e-3, 3e-3)]
+    plans = [plan_of(tiny_folder, **{"optimizer.learning_rate": rate}) for rate in (1e-3, 2e-3, 3e-3)]
     for second, plan in enumerate(plans[:2]):
         kept_step.compile_step(plan, keep=True).settle(plan)
         os.utime(caches / kept_step.key(plan), (second, second))
@@ -272,11 +260,11 @@ def test_the_last_used_are_kept(folder, caches, monkeypatch):
     assert {file.name for file in caches.iterdir()} == {kept_step.key(plans[0]), kept_step.key(plans[2])}
 
 
-def test_processes_of_one_device(folder, tmp_path):
+def test_processes_of_one_device(tiny_folder, tmp_path):
     """As a user starts them: the second loads what the first compiled, and logs the same."""
     logged = []
     for name in ("first", "second"):
-        words = tiny_run.command(folder, tmp_path / name, "--config.evaluators=()", "--config.train.max_steps=2")
+        words = tiny_run.command(tiny_folder, tmp_path / name, "--config.evaluators=()", "--config.train.max_steps=2")
         environment = {**tiny_run.environment(tmp_path), **tiny_run.devices(1)}
         environment.pop("JAX_COMPILATION_CACHE_DIR", None)
         done = subprocess.run([sys.executable, "-m", "itune", *words], env=environment, capture_output=True, text=True)

@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from itune.config import Config, load_config
+
 HERE = Path(__file__).parent
 
 
@@ -31,6 +33,15 @@ def command(folder: Path, workdir: Path, *more: str) -> list[str]:
     return ["train", "--config", "default", "--workdir", str(workdir), f"--config.model.path={folder / 'model'}",
             f"--config.data.train={folder / 'rows.jsonl'}", "--config.data.max_length=48",
             "--config.data.held_out_share=0.1", "--config.log.every=1", "--config.log.tensorboard=False", *more]
+
+
+def settings(folder: Path, **changes: object) -> Config:
+    """The config of a run on them in this process, without evaluators; every step is logged."""
+    return load_config("default", {
+        "model.path": str(folder / "model"), "data.train": str(folder / "rows.jsonl"), "data.max_length": 48,
+        "data.cache_dir": str(folder / "cache"), "train.batch_size": 8, "evaluators": (), "log.tensorboard": False,
+        "log.every": 1, **changes,
+    })  # fmt: skip
 
 
 def devices(count: int) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ def measured(clock: Clock, tokens: int, digest: Any) -> dict[str, Any]:
 
 
 def itune(folder: Path) -> dict[str, Any]:
-    import os
     import shutil
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # as the command does (itune/cli.py)
