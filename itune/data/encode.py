@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from itune.data.offsets import Encoded, Places, counted
 from itune.data.provenance import PLACEHOLDER, Rendering
 from itune.data.templates import TemplateRefusal, Tokenizer
 
@@ -49,46 +50,19 @@ class Structure:
         return found
 
 
-class Encoded:
-    """Token ids int32 [n] of a rendering, and which characters each token stands for."""
-
-    def __init__(self, ids: np.ndarray, added: list[tuple[int, int]], encoding: Any = None, offsets: Any = None):
-        self.ids, self.added, self._encoding = ids, added, encoding
-        self.apart = encoding is None
-        self._offsets = offsets
-
-    @property
-    def offsets(self) -> np.ndarray:
-        """int32 [n, 2]: first character, and the one after the last."""
-        if self._offsets is None:
-            self._offsets = self._encoding.offsets
-        if not isinstance(self._offsets, np.ndarray):
-            self._offsets = np.asarray(self._offsets, np.int32).reshape(-1, 2)
-        return self._offsets
-
-    def tokens_of(self, start: int, end: int) -> tuple[int, int]:
-        """Tokens [first, last) that overlap characters [start, end)."""
-        if self._encoding is not None and end > start:
-            first, last = self._encoding.char_to_token(start), self._encoding.char_to_token(end - 1)
-            if first is not None and last is not None:
-                last += 1  # a character of several tokens is found at its first one
-                while last < len(self.ids) and self._encoding.token_to_chars(last)[0] < end:
-                    last += 1
-                return first, last
-        first = int(np.searchsorted(self.offsets[:, 1], start, side="right"))
-        return first, int(np.searchsorted(self.offsets[:, 0], end, side="left"))
-
-    def characters_of(self, first: int, last: int) -> tuple[int, int]:
-        """Characters that tokens [first, last) stand for."""
-        if self._encoding is not None:
-            return self._encoding.token_to_chars(first)[0], self._encoding.token_to_chars(last - 1)[1]
-        return int(self.offsets[first, 0]), int(self.offsets[last - 1, 1])
-
-
 def encode_many(renderings: Sequence[Rendering], tokenizer: Tokenizer) -> list[Encoded | TemplateRefusal]:
     """Renderings as tokens, as one batch; a refusal where a text cannot be kept from being an added token."""
-    encodings = tokenizer.backend.encode_batch([r.text for r in renderings], add_special_tokens=False)
-    return [_encoded(rendering, encoding, tokenizer) for rendering, encoding in zip(renderings, encodings)]
+    kept = [row for row, rendering in enumerate(renderings) if tokenizer.keeps_bytes(rendering.text)]
+    texts = [renderings[row].text for row in kept]
+    fast = tokenizer.backend.encode_batch_fast(texts, add_special_tokens=False)
+    ids = [np.asarray(encoding.ids, np.int32) for encoding in fast]
+    found: dict[int, tuple[np.ndarray, Any, Places | None]] = {
+        row: (own, None, places) for row, own, places in zip(kept, ids, counted(texts, ids, tokenizer)) if places
+    }
+    rest = [row for row in range(len(renderings)) if row not in found]
+    encodings = tokenizer.backend.encode_batch([renderings[row].text for row in rest], add_special_tokens=False)
+    found |= {row: (np.asarray(each.ids, np.int32), each, None) for row, each in zip(rest, encodings)}
+    return [_encoded(rendering, *found[row], tokenizer) for row, rendering in enumerate(renderings)]
 
 
 def structure_of(rendering: Rendering, tokenizer: Tokenizer) -> Structure:
@@ -125,27 +99,22 @@ def _read_structure(text: str, tokenizer: Tokenizer) -> Structure:
     return Structure(np.asarray(ids, np.int32), tuple(positions), tuple(sizes), before, tuple(ends), markers)
 
 
-def _encoded(rendering: Rendering, encoding: Any, tokenizer: Tokenizer) -> Encoded | TemplateRefusal:
+def _encoded(rendering: Rendering, ids: np.ndarray, encoding: Any, places: Places | None, tokenizer: Tokenizer
+             ) -> Encoded | TemplateRefusal:  # fmt: skip
     structure = structure_of(rendering, tokenizer)
     shift = [0]
     for span in rendering.spans:
         shift.append(shift[-1] + span.end - span.start - 1)
-    places = [position + shift[before] for position, before in zip(structure.positions, structure.before)]
-    added = [(place, place + size) for place, size in zip(places, structure.sizes)]
-    ids = np.asarray(encoding.ids, np.int32)
+    begins = [position + shift[before] for position, before in zip(structure.positions, structure.before)]
+    added = [(begin, begin + size) for begin, size in zip(begins, structure.sizes)]
+    encoded = Encoded(ids, added, encoding, places)
     at = np.flatnonzero(tokenizer.is_added_V[ids])
-    if np.array_equal(ids[at], structure.ids) and all(
-        _covers(encoding.token_to_chars(token), expected) for token, expected in zip(at.tolist(), added)
-    ):
-        return Encoded(ids, added, encoding)
+    if ids[at].tolist() == structure.ids.tolist() and all(map(encoded.covers, at.tolist(), added)):
+        return encoded
     try:
         return _encode_apart(rendering.text, structure, added, tokenizer)
     except TemplateRefusal as error:
         return error
-
-
-def _covers(found: tuple[int, int] | None, expected: tuple[int, int]) -> bool:
-    return found is not None and found[0] <= expected[0] and found[1] >= expected[1]
 
 
 def _encode_apart(text: str, structure: Structure, added: list[tuple[int, int]], tokenizer: Tokenizer) -> Encoded:
@@ -160,7 +129,8 @@ def _encode_apart(text: str, structure: Structure, added: list[tuple[int, int]],
         ids.append(token_id)
         offsets.append((before, cursor))
     _add_ordinary(text, cursor, len(text), tokenizer, ids, offsets)
-    return Encoded(np.asarray(ids, np.int32), added, offsets=offsets)
+    starts, ends = np.asarray(offsets, np.int32).reshape(-1, 2).T
+    return Encoded(np.asarray(ids, np.int32), added, places=(starts, ends), apart=True)
 
 
 def _add_ordinary(text: str, start: int, end: int, tokenizer: Tokenizer, ids: list[int],

@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from itune.data.encode import Encoded, Structure, structure_of
+from itune.data.encode import Structure, structure_of
+from itune.data.offsets import Encoded
 from itune.data.provenance import REASONING_FIELDS, THINK, Rendering, template_view
 from itune.data.templates import TemplateRefusal, Tokenizer, require_template
 from itune.types import Conversation

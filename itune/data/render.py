@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from itune.data.encode import Encoded, encode_many, structure_of
+from itune.data.encode import encode_many, structure_of
 from itune.data.formats import messages_of
 from itune.data.masks import content_bounds, unproven, weighted_pieces, weights_of, with_messages
+from itune.data.offsets import Encoded
 from itune.data.provenance import located
 from itune.data.templates import TemplateRefusal, Tokenizer, require_template, with_template
 from itune.types import Conversation, Example, InputError, Message

@@ -12,7 +12,7 @@ from test_sandbox import trl_templates
 from tokenizers import AddedToken
 
 from itune.data import masks
-from itune.data.encode import Encoded
+from itune.data.offsets import Encoded
 from itune.data.render import render, render_many, render_prompt
 from itune.data.templates import with_template
 from itune.types import Address, Conversation, InputError, Message
