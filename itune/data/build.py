@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import gc
@@ -10,7 +11,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,10 @@ def build(folder: Path, section: Any, sources: list[Source], eval_sources: list[
     """
     require_template(tokenizer)
     started = time.monotonic()
-    gc.enable()  # a start of `itune train` has it off, and this may take long
     temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.writing-", dir=folder.parent))
     try:
-        report = _build(temporary, section, sources, eval_sources, tokenizer, seed, inputs)
+        with _collecting_only_new():
+            report = _build(temporary, section, sources, eval_sources, tokenizer, seed, inputs)
         if folder.exists():
             shutil.rmtree(folder)
         os.rename(temporary, folder)
@@ -51,6 +52,17 @@ def build(folder: Path, section: Any, sources: list[Source], eval_sources: list[
     drops = ", ".join(f"{count:,} {reason}" for reason, count in report["dropped"].items()) or "none"
     log(f"data: {report['rows']:,} rows -> {report['examples']:,} examples, {report['tokens']:,} tokens "
         f"({report['supervised_tokens']:,} supervised), left out: {drops}; {time.monotonic() - started:.1f} s")
+
+
+@contextlib.contextmanager
+def _collecting_only_new() -> Iterator[None]:
+    """Garbage is collected (a start of `itune train` has that off), but not among what the imports left in memory."""
+    gc.enable()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _build(folder: Path, section: Any, sources: list[Source], eval_sources: list[Source], tokenizer: Tokenizer,

@@ -115,7 +115,7 @@ class _Rule:
     def finds(self, text: str) -> bool:
         if self._at_start.match(text):
             return True
-        return any(need in text for need in self._needs) and self._anywhere.search(text) is not None
+        return any(map(text.__contains__, self._needs)) and self._anywhere.search(text) is not None
 
 
 _FIRST = {
@@ -125,6 +125,7 @@ _FIRST = {
 }
 _LATER = {"analytical": _Rule(_ANALYSIS), "factual": _Rule(_FACTS, _FACTS_AT_START), "creative": _Rule(_CREATION)}
 _NOT_CREATIVE = re.compile(r"\b(?:summar\w*|answer|math|steps|word for)\b")
+_BETWEEN_CLAUSES = re.compile(r"[.,;:?!\n]+")
 ENDS = 300  # characters at both ends of a prompt, where instructions stand
 
 
@@ -154,7 +155,7 @@ def _by_rules(rules: Mapping[str, _Rule], text: str) -> str:
 
 def _by_verb(text: str) -> str:
     """The category of the first clause that begins with a verb of the table, in the first ENDS characters."""
-    for clause in re.split(r"[.,;:?!\n]+", text[:ENDS]):
+    for clause in _BETWEEN_CLAUSES.split(text[:ENDS]):
         lead = _LEAD.match(clause)
         name = _CATEGORY_OF_VERB.get(lead["verb"]) if lead else None
         if name == "creative" and _NOT_CREATIVE.search(clause):

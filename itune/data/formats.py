@@ -13,6 +13,7 @@ from itune.types import Conversation, InputError, Message
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant",
                   "observation": "tool", "function": "tool"} | {role: role for role in ROLES}  # fmt: skip
+_SCALARS = (str, int, float, bool)
 
 
 def detect_format(rows: list[Row], fields: Mapping[str, str] | None = None) -> str:
@@ -54,8 +55,7 @@ def convert(row: Row, name: str, fields: Mapping[str, str] | None = None) -> Con
         roles = ", ".join(message.role for message in messages)
         raise InputError(f"{where}: no assistant turn (roles found: {roles}); expected at least one")
     used = {fields.get(sign, sign) for sign in (*SIGNS[name], *OPTIONAL[name])}
-    scalars = str | int | float | bool
-    metadata: dict[str, Any] = {k: v for k, v in row.fields.items() if k not in used and isinstance(v, scalars)}
+    metadata: dict[str, Any] = {k: v for k, v in row.fields.items() if k not in used and isinstance(v, _SCALARS)}
     tools = row.fields.get(fields.get("tools", "tools"))
     if isinstance(tools, str) and tools.strip().startswith("["):
         tools = _json_or(tools, tools)

@@ -106,7 +106,7 @@ def _decode(raw: bytes, where: str, offset: int) -> str:
 
 def _parse(text: str, where: str) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
+        return _DECODER.decode(text)
     except json.JSONDecodeError as error:
         at = f"column {error.colno}" + (f", line {error.lineno}" if error.lineno > 1 else "")
         raise InputError(f"{where}: {at}: {error.msg}; expected one JSON object a line") from error
@@ -133,6 +133,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _constant(name: str) -> Any:
     raise _Finding(f"found {name}, which is not JSON; expected a number or null")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)  # json.loads makes one for every line
 
 
 def _kind(value: Any) -> str:

@@ -21,6 +21,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 SECONDS = 2.0  # one rendering
 CHARACTERS = 50_000_000  # one string, and the whole output
 ARGUMENT = 1_000_000  # a whole number handed to a text method or filter
+_TEXTS, _JOINED, _SIZED = (str, bytes), (str, list, tuple), (str, bytes, list, tuple)
 # Templates may print today's date. A run that changes at midnight could not be resumed, so they get one fixed day.
 TODAY = datetime.datetime(2024, 7, 26)
 
@@ -88,7 +89,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return "".join(pieces)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "+" and isinstance(left, str | list | tuple):
+        if operator == "+" and isinstance(left, _JOINED):
             check_size(len(left) + _size(right))
         elif operator == "*" and isinstance(right, int):
             check_size(_size(left) * right)
@@ -102,7 +103,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         owner = getattr(__obj, "__self__", None)
-        if isinstance(owner, str | bytes):
+        if isinstance(owner, _TEXTS):
             __self.guard.tick()
             _check_growth(__obj.__name__, (owner, *args), kwargs)
             if __obj.__name__ == "join" and args:
@@ -129,7 +130,7 @@ def check_size(size: int) -> None:
 def _size(value: Any) -> int:
     if isinstance(value, int):
         return value.bit_length()
-    return len(value) if isinstance(value, str | bytes | list | tuple) else 0
+    return len(value) if isinstance(value, _SIZED) else 0
 
 
 def _check_growth(name: str, args: Any, kwargs: Any) -> None:
@@ -153,7 +154,7 @@ def _limited(name: str, function: Any, guard: Guard) -> Any:
         guard.tick()
         _check_growth(name, args, kwargs)
         result = function(*args, **kwargs)
-        check_size(_size(result) if isinstance(result, str | list) else 0)
+        check_size(_size(result) if isinstance(result, _JOINED) else 0)
         return result
 
     return filtered

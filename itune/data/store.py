@@ -16,6 +16,8 @@ import numpy as np
 
 from itune.types import Address, Conversation, Example, Message
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False)  # json.dumps makes one for every line
+
 
 class ExampleStore:
     """A sequence of Examples. `lengths` int32 [n]; `sources` int32 [n] indexes `source_names`.
@@ -75,7 +77,7 @@ class Writer:
     def add(self, example: Example, category: int = -1) -> None:
         tokens = np.ascontiguousarray(example.token_ids, np.int32).tobytes()
         weights = np.ascontiguousarray(example.loss_weights, np.float32).tobytes()
-        line = json.dumps(dict(example.metadata), ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
+        line = _ENCODER.encode(dict(example.metadata)).encode("utf-8", "surrogatepass") + b"\n"
         self._tokens.write(tokens)
         self._weights.write(weights)
         self._metadata.write(line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 import json
 import subprocess
@@ -100,6 +101,14 @@ def test_a_split_by_field_holds_out_whole_groups_and_what_asks_the_same(run, wri
     assert set(proof["groups_held_out"]) == held
     other = run(write_rows(rows), seed=1, held_out_by="task", held_out_share=0.3)
     assert set(other.report["held_out"]["groups_held_out"]) != held
+
+
+def test_what_was_in_memory_is_collectable_again_after_preparing(run, write_rows):
+    run(write_rows([qa(i) for i in range(10)], "good.jsonl"))
+    assert gc.isenabled() and gc.get_freeze_count() == 0
+    with pytest.raises(InputError):
+        run(write_rows([{"prompt": 3, "completion": "x"}], "bad.jsonl"))
+    assert gc.get_freeze_count() == 0
 
 
 def test_a_split_by_conversation_keeps_equal_prompts_together(run, write_rows):
