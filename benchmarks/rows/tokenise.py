@@ -28,7 +28,7 @@ def measured(clock: Clock, tokens: int, digest: Any) -> dict[str, Any]:
 def itune(folder: Path) -> dict[str, Any]:
     import shutil
 
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # as the command does (itune/cli.py)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as the command does (itune/cli.py)
 
     import itune.data.build  # noqa: F401 (imported where data are prepared; the peer's imports are before the clock, too)
     from benchmarks import ours
