@@ -75,7 +75,7 @@ ROW = Row(
     title=f"Preparing {ROWS:,} conversations of P3 and GSM8K: template, mask, tokens, written where training reads.",
     note="Ids and masks of both sides hash to the same. itune's time holds the proof of each mask by decoding. "
     "Filters are off: TRL has none. tokenizers runs in one thread on our side, as under `itune train`; with its own "
-    "threads a batch is ready sooner and takes more CPU-seconds (1.70 to 1.92 of TRL's tokens a CPU-second then).",
+    "threads a batch is ready sooner and takes more CPU-seconds (2.12 of TRL's tokens a CPU-second then).",
     sides={"itune": itune, "trl": trl},
     prepare=prepare,
     equal=(("digest", 0.0),),
