@@ -56,9 +56,9 @@ def build(folder: Path, section: Any, sources: list[Source], eval_sources: list[
 
 @contextlib.contextmanager
 def _collecting_only_new() -> Iterator[None]:
-    """Garbage is collected (a start of `itune train` has that off), but not among what the imports left in memory."""
-    gc.enable()
+    """Garbage is collected (a start of `itune train` has that off), but not sought among all that was there before."""
     gc.freeze()
+    gc.enable()
     try:
         yield
     finally:

@@ -51,7 +51,7 @@ class Structure:
 
 
 def encode_many(renderings: Sequence[Rendering], tokenizer: Tokenizer) -> list[Encoded | TemplateRefusal]:
-    """Renderings as tokens, as one batch; a refusal where a text cannot be kept from being an added token."""
+    """Renderings as tokens, in batches; a refusal where a text cannot be kept from being an added token."""
     kept = [row for row, rendering in enumerate(renderings) if tokenizer.keeps_bytes(rendering.text)]
     texts = [renderings[row].text for row in kept]
     fast = tokenizer.backend.encode_batch_fast(texts, add_special_tokens=False)

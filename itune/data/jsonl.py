@@ -106,6 +106,8 @@ def _decode(raw: bytes, where: str, offset: int) -> str:
 
 def _parse(text: str, where: str) -> Any:
     try:
+        if text.startswith("\ufeff"):
+            raise _Finding("column 1: found a byte order mark (U+FEFF); expected one only where a file begins")
         return _DECODER.decode(text)
     except json.JSONDecodeError as error:
         at = f"column {error.colno}" + (f", line {error.lineno}" if error.lineno > 1 else "")

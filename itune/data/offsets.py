@@ -1,17 +1,22 @@
 """Which characters each token of a text stands for.
 
-A tokenizer tells it for a seventh more of its time. The tokens of a byte-level tokenizer are the text's bytes, cut in
-pieces, so their sizes tell it as well; they have to add up to the text, or the tokenizer is asked after all.
+A tokenizer tells it for a seventh more of its time. The tokens of most byte-level tokenizers are the text's bytes, cut
+in pieces, so their sizes tell it as well. Of such a tokenizer (`kept_by`) nothing but lost bytes could move a token,
+and then the sizes add up to less than the text: where they add up to all of it, the places are proven. Else the
+tokenizer is asked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import json
+import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from itune.data.tokenizer import Tokenizer
+if TYPE_CHECKING:
+    from itune.data.tokenizer import Tokenizer
 
 Places = tuple[np.ndarray, np.ndarray]  # for each token its first character, and the one after its last
 
@@ -61,9 +66,10 @@ class Encoded:
 
 
 def counted(texts: Sequence[str], ids: Sequence[np.ndarray], tokenizer: Tokenizer) -> list[Places | None]:
-    """Places of the tokens of each text, of which `tokenizer.keeps_bytes`; None where they do not add up to the text.
+    """Places of the tokens of each text, None where their sizes do not add up to it.
 
-    As in `tokenizers`, a token with some bytes of a character stands for the character.
+    texts: those for which `tokenizer.keeps_bytes` is true. As in `tokenizers`, a token with some of a
+    character's bytes stands for the character.
     """
     if not texts:
         return []
@@ -86,12 +92,45 @@ def counted(texts: Sequence[str], ids: Sequence[np.ndarray], tokenizer: Tokenize
     return found
 
 
+def kept_by(backend: Any, added: Mapping[int, Any]) -> str:
+    """Of which texts the tokens are bytes of the text and nothing else: "all", "NFC" (texts normalised so) or "none".
+
+    Whatever puts in a byte (a space before words, an unknown token that is not an added one) or takes white space on
+    purpose gives "none". added: id -> added token.
+    """
+    model, normalizer = backend.model, type(backend.normalizer).__name__
+    if type(model).__name__ != "BPE" or type(backend.decoder).__name__ != "ByteLevel":
+        return "none"
+    if model.byte_fallback or model.continuing_subword_prefix or model.end_of_word_suffix:
+        return "none"
+    contents = [token.content for token in added.values()]
+    if model.unk_token and model.unk_token not in contents:
+        return "none"
+    if any(token.lstrip or token.rstrip for token in added.values()):
+        return "none"
+    cut = json.loads(backend.pre_tokenizer.__getstate__()) if backend.pre_tokenizer else {}
+    parts = cut.get("pretokenizers", [cut])
+    whole = all(_only_cuts(part) for part in parts) and any(part.get("type") == "ByteLevel" for part in parts)
+    if not whole or normalizer not in ("NoneType", "NFC"):
+        return "none"
+    if normalizer == "NFC":
+        return "NFC" if all(unicodedata.is_normalized("NFC", content) for content in contents) else "none"
+    return "all"
+
+
+def _only_cuts(part: Mapping[str, Any]) -> bool:
+    """Whether a part of a pre-tokenizer keeps every byte and adds none."""
+    if part.get("type") == "ByteLevel":
+        return not part["add_prefix_space"]
+    return part.get("type") == "Digits" or (part.get("type") == "Split" and part["behavior"] != "Removed")
+
+
 def _sizes(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
     sizes = tokenizer.sizes_V[ids]
     if not sizes.all():
         for new in np.unique(ids[sizes == 0]).tolist():
             added = tokenizer.added.get(new)
-            # in a byte-level vocabulary one character stands for one byte
+            # one character of a byte-level vocabulary stands for one byte
             size = len(added.content.encode()) if added else len(tokenizer.backend.id_to_token(new))
             tokenizer.sizes_V[new] = size
         sizes = tokenizer.sizes_V[ids]

@@ -47,7 +47,7 @@ class Tokenizer:
         self.added: dict[int, Any] = dict(hf.added_tokens_decoder)
         self.is_added_V = np.zeros(max([self.vocab_size, *(index + 1 for index in self.added)]), bool)
         self.is_added_V[list(self.added)] = True
-        self.sizes_V = np.zeros(len(self.is_added_V), np.int32)  # bytes of a token, 0 until offsets.py asks
+        self.sizes_V = np.zeros(len(self.is_added_V), np.int32)  # bytes of each token, 0 until offsets.py asks
         self.structures: dict[str, Any] = {}  # what encode.py found out about the template
         self.end_of_turn_ids = end_of_turn(self) if self.template else ()
         self.end_of_turn_id = self.end_of_turn_ids[0] if self.end_of_turn_ids else None
@@ -69,13 +69,12 @@ class Tokenizer:
 
     @functools.cached_property
     def _keeps(self) -> str:
-        """Of which texts a byte-level tokenizer's tokens are the bytes: "all", "NFC" (normalised ones) or "none"."""
-        normalizer = type(self.backend.normalizer).__name__
-        known = type(self.backend.decoder).__name__ == "ByteLevel" and normalizer in ("NoneType", "NFC")
-        return normalizer.replace("NoneType", "all") if known else "none"
+        from itune.data.offsets import kept_by
+
+        return kept_by(self.backend, self.added)
 
     def keeps_bytes(self, text: str) -> bool:
-        """Whether the tokens of a text are its UTF-8 bytes, cut in pieces, so that their places can be counted."""
+        """Whether the tokens of a text are its UTF-8 bytes, cut in pieces (some may be missing), and nothing else."""
         return self._keeps == "all" or (self._keeps == "NFC" and unicodedata.is_normalized("NFC", text))
 
     @functools.cached_property

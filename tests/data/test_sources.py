@@ -143,6 +143,7 @@ FAULTS = {
     "null row": (b"null\n", r":1: found null"),
     "number row": (b"3\n", r":1: found a number"),
     "bare text": (b"hello\n", r":1: column 1"),
+    "two files joined": (GOOD + b"\xef\xbb\xbf" + GOOD, r":2: column 1: found a byte order mark"),
     "invalid UTF-8": (GOOD + b'{"prompt": "\xff"}\n', r":2: byte 0xff at offset 47 is not UTF-8"),
     "UTF-16": (GOOD.decode().encode("utf-16"), r":1: byte 0xff at offset 0"),
     "control character": (b'{"prompt": "a\x01"}\n', r":1: column \d+: Invalid control character"),
