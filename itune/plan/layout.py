@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -95,13 +96,17 @@ def _elements(leaf: Any) -> int:
 
 
 def layer_elements(model: Any, tensor: int = 1, expert: int = 1) -> tuple[int, int]:
-    """(entries of the kernels of one average layer, of its largest kernel) where fsdp has gathered them."""
-    whole, largest = 0.0, 0
+    """Entries of the kernels of one average layer where fsdp has gathered them, and the most that is gathered at once.
+
+    A layer's experts are gathered together: they are computed in one `shard_map`.
+    """
+    whole, together = 0.0, collections.Counter[tuple[str, ...]]()
     for path, leaf in jax.tree_util.tree_leaves_with_path(model.abstract_params()):
-        names = [entry.key for entry in path]
+        names = tuple(entry.key for entry in path)
         if names[0] in ("embed", "lm_head", "final_norm"):
             continue
-        elements = math.prod(leaf.shape) // tensor // (expert if "experts" in names else 1)
+        experts = names.index("experts") + 1 if "experts" in names else 0
+        elements = math.prod(leaf.shape) // tensor // (expert if experts else 1)
         whole += elements
-        largest = max(largest, elements // (leaf.shape[0] if names[0] == "blocks" else 1))
-    return int(whole / model.config.num_layers), largest
+        together[names[:experts] or names] += elements // (leaf.shape[0] if names[0] == "blocks" else 1)
+    return int(whole / model.config.num_layers), max(together.values())

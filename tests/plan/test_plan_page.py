@@ -1,0 +1,31 @@
+"""docs/plan.md: the formula against the programs that were compiled for it and are kept in docs/plan.json."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def page():
+    script = Path(__file__).parents[2] / "scripts" / "plan_table.py"
+    spec = importlib.util.spec_from_file_location("plan_table", script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_formula_is_near_every_compiled_program(page, tmp_path):
+    """Experts among them: all of a layer's are gathered at once."""
+    page.write_models(tmp_path)
+    rows = json.loads(page.STORE.read_text())
+    ratios = {
+        target: page.report_of(tmp_path, target, page.formula_report).need.total / row["memory"]["total"]
+        for target, row in rows.items()
+    }
+    assert any("A3B" in target for target in ratios)
+    far = {target: round(ratio, 3) for target, ratio in ratios.items() if not 0.89 < ratio < 1.11}
+    assert set(far) == {"Qwen3-0.6B@v5e:2x2"} and far["Qwen3-0.6B@v5e:2x2"] < 1.2  # 0.5 GiB high, of 2.7
