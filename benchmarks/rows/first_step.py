@@ -82,6 +82,7 @@ ROW = Row(
     "command, with the checkpoint that it saves; the peer leaves after the step.",
     sides={"itune": itune, "trl": trl},
     prepare=prepare,
+    repeats=11,  # medians of five swing around the bounds with the machine
     bounds=(
         Bound("warm_seconds", at_most=0.5, busy="warm_cpu_seconds"),
         Bound("cold_seconds", at_most=1.0, busy="cold_cpu_seconds"),

@@ -55,6 +55,7 @@ ROW = Row(
     note="itune: the plan and every batch built, with targets, weights, segments and positions; TRL: pack_dataset, "
     "whose rows are still lists to be collated.",
     sides={"itune": itune, "trl": trl},
+    repeats=11,  # medians of five swing around the bound with the machine
     bounds=(
         Bound("fill", at_least=0.999, absolute=True),
         Bound("seconds", at_most=1 / 3, busy="cpu_seconds"),
