@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shutil
 from pathlib import Path
 
 import pytest
+from load_script import load_script
 
 from itune.cli import VERBS, main
 
@@ -18,10 +18,7 @@ GOOD = {"messages": [{"role": "user", "content": "Say one."}, {"role": "assistan
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     """A random model folder of one million parameters, as the README makes one."""
-    script = Path(__file__).parents[1] / "scripts" / "make_random_model.py"
-    spec = importlib.util.spec_from_file_location("maker_for_cli", script)
-    maker = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(maker)
+    maker = load_script("scripts/make_random_model.py")
     folder = tmp_path_factory.mktemp("cli") / "model"
     maker.choose_shape = lambda *given: (32, 1)
     maker.make("qwen3", 1_000_000, folder, vocab=300)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import random
@@ -17,6 +16,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from load_script import load_script
 
 from itune.checkpoint import Store
 from itune.cli import main
@@ -40,10 +40,7 @@ TIMINGS = {"tokens_per_second", "mfu", "memory"}
 def inputs(tmp_path_factory):
     """A model folder of two layers, 64 wide, and a file of 100 conversations."""
     folder = tmp_path_factory.mktemp("inputs")
-    script = Path(__file__).parents[1] / "scripts" / "make_random_model.py"
-    spec = importlib.util.spec_from_file_location("maker", script)
-    maker = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(maker)
+    maker = load_script("scripts/make_random_model.py")
     maker.choose_shape = lambda *given: (64, 2)
     maker.make("llama", 1_000_000, folder / "model", vocab=320)
     draw = random.Random(0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import random
 import shutil
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from load_script import load_script
 
 from itune.chat import load_speaker
 from itune.checkpoint import Store
@@ -33,10 +33,7 @@ def inputs(tmp_path_factory):
         folder = tmp_path_factory.mktemp("lora")
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         before = jax.config.jax_compilation_cache_dir
-        script = Path(__file__).parents[1] / "scripts" / "make_random_model.py"
-        spec = importlib.util.spec_from_file_location("maker", script)
-        maker = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(maker)
+        maker = load_script("scripts/make_random_model.py")
         maker.choose_shape = lambda *given: (32, 1)
         maker.make("llama", 1_000_000, folder / "model", vocab=320)
         for name in ("config.json", "model.safetensors"):

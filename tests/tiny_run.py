@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
+
+from load_script import load_script
 
 from itune.config import Config, load_config
 
@@ -17,9 +18,7 @@ HERE = Path(__file__).parent
 
 def make_inputs(folder: Path) -> None:
     """`model/` and `rows.jsonl` in `folder`."""
-    spec = importlib.util.spec_from_file_location("maker", HERE.parent / "scripts" / "make_random_model.py")
-    maker = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(maker)
+    maker = load_script("scripts/make_random_model.py")
     maker.choose_shape = lambda *given: (32, 1)
     maker.make("llama", 1_000_000, folder / "model", vocab=320)
     with (folder / "rows.jsonl").open("w") as rows:

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
-from pathlib import Path
 
 import jax
 import pytest
+from load_script import load_script
 from tokenizers import Tokenizer
 
 from itune.demo import ASSETS, SEED, tasks, text
 
 BASE = ASSETS / "base"
 RECORD = json.loads((ASSETS / "base.json").read_text())
-SCRIPT = Path(__file__).parents[2] / "scripts" / "make_demo_model.py"
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("make_demo_model", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("scripts/make_demo_model.py")
 
 
 def test_files_are_those_recorded_and_small():

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from load_script import load_script
 
 from itune.config import from_dict
 from itune.data.store import memory_store
@@ -75,10 +74,7 @@ def test_ranks_and_average_precision_by_hand():
 @pytest.mark.soak
 def test_defects_of_the_demo_world_come_first(tmp_path):
     """16 % planted defects: the tuned model ranks them, the base model cannot (benchmarks/data_scores.py)."""
-    path = Path(__file__).parents[2] / "benchmarks" / "data_scores.py"
-    spec = importlib.util.spec_from_file_location("data_scores_benchmark", path)
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
+    benchmark = load_script("benchmarks/data_scores.py")
     found = benchmark.measure(tmp_path, seed=304, steps=200, count=6000)
     assert found["tuned"]["average_precision"] >= 0.75
     assert found["base"]["average_precision"] <= 0.25

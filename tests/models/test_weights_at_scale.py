@@ -5,7 +5,6 @@ The rows of benchmarks/weights.py on a checkpoint small enough for every run; 2 
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -13,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from load_script import load_script
 
 from itune.models.hf.files import read_header
 
@@ -22,10 +22,7 @@ BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "weights.py"
 @pytest.fixture(scope="module")
 def big(tmp_path_factory):
     """A Llama folder of about 160 MB in several files."""
-    spec = importlib.util.spec_from_file_location("weights", BENCHMARK)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script("benchmarks/weights.py")
     folder = tmp_path_factory.mktemp("big") / "model"
     module.make(folder, 160e6)
     return folder

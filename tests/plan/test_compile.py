@@ -7,13 +7,13 @@ import json
 import math
 import re
 import types
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
+from load_script import load_script
 
 from itune.config import load_config
 from itune.models.attention import tpu as splash
@@ -24,7 +24,6 @@ from itune.plan.hlo import arrays, collectives
 from itune.setup_run import make_plan
 from itune.types import InputError
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "make_random_model.py"
 ROWS, LENGTH, CHUNK, DEVICES = 8, 512, 256, 4
 
 needs_libtpu = pytest.mark.skipif(
@@ -36,9 +35,7 @@ needs_libtpu = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def model_15m(tmp_path_factory):
     """The config.json that `make_random_model.py --family qwen3 --size 15m` writes; planning reads no weights."""
-    spec = importlib.util.spec_from_file_location("make_random_model", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = load_script("scripts/make_random_model.py")
     size = script.parse_size("15m")
     vocab = script.default_vocab(size)
     width, layers = script.choose_shape("qwen3", size, vocab, True)

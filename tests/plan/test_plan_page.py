@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
+from load_script import load_script
 
 
 @pytest.fixture(scope="module")
 def page():
-    script = Path(__file__).parents[2] / "scripts" / "plan_table.py"
-    spec = importlib.util.spec_from_file_location("plan_table", script)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("scripts/plan_table.py")
 
 
 def test_the_formula_is_near_every_compiled_program(page, tmp_path):

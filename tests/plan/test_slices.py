@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 
 import jax
 import pytest
 import test_compile as ahead
+from load_script import load_script
 
 from itune.plan.hlo import arrays, between_slices, collectives, moved
 
@@ -20,9 +20,7 @@ pytestmark = ahead.needs_libtpu
 @pytest.fixture(scope="module")
 def small_model(tmp_path_factory):
     """The config.json of a Qwen 3 of two layers, 128 wide, with a head of its own."""
-    spec = importlib.util.spec_from_file_location("make_random_model", ahead.SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = load_script("scripts/make_random_model.py")
     folder = tmp_path_factory.mktemp("qwen3-small")
     (folder / "config.json").write_text(json.dumps(script.config("qwen3", 128, 2, 8192, False, "float32")))
     return folder

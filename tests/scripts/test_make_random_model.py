@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
+from load_script import load_script
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "make_random_model.py"
-spec = importlib.util.spec_from_file_location("make_random_model", SCRIPT)
-make_random_model = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(make_random_model)
+make_random_model = load_script("scripts/make_random_model.py")
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])

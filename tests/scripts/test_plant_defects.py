@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
+from load_script import load_script
 
 
 @pytest.fixture(scope="module")
 def script():
-    path = Path(__file__).parents[2] / "scripts" / "plant_defects.py"
-    spec = importlib.util.spec_from_file_location("plant_defects", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("scripts/plant_defects.py")
 
 
 def test_rows_and_truth_agree(script, tmp_path, monkeypatch, capsys):
