@@ -75,7 +75,7 @@ def truncated(example: Example, max_length: int) -> Example | None:
 
 def render_many(conversations: Sequence[Conversation], tokenizer: Tokenizer, train_on: str = "assistant"
                 ) -> list[Outcome]:  # fmt: skip
-    """Outcomes in the order of `conversations`, encoded as one batch in as many threads as tokenizers takes."""
+    """Outcomes in the order of `conversations`, encoded in batches, in as many threads as tokenizers takes."""
     template = require_template(tokenizer)
     outcomes = [Outcome() for _ in conversations]
     rendered = []

@@ -117,12 +117,8 @@ def test_masks_are_those_that_the_tokenizers_own_places_give(make_hf, chat, monk
         hf.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(cuts)
     tokenizer = with_template(hf)
     for answer in ("~", "the", "yes", " two\n", "\u6771"):
-        found = []
-        for keeps in (Tokenizer.keeps_bytes, lambda *_: False):
-            monkeypatch.setattr(Tokenizer, "keeps_bytes", keeps)
-            found.append(outcome_of(chat("hi", answer), tokenizer))
-            monkeypatch.undo()
-        assert found[0] == found[1], answer
+        counting, asking = both_ways(chat("hi", answer), tokenizer, monkeypatch)
+        assert counting == asking, answer
 
 
 @pytest.mark.parametrize("kind", ["all", "NFC"])
@@ -130,12 +126,16 @@ def test_examples_are_the_same_when_the_tokenizer_is_asked(by_normalizer, chat, 
     tokenizer = by_normalizer[kind]
     texts = [f"{text} {odd}" for text in TEXTS[1:] for odd in ("", "<|im_end|>", "<tool>", " <pad> .", "\u0301")]
     for text in texts:
-        found = []
-        for keeps in (Tokenizer.keeps_bytes, lambda *_: False):
-            monkeypatch.setattr(Tokenizer, "keeps_bytes", keeps)
-            found.append(outcome_of(chat(text, text, "more?", text), tokenizer))
-            monkeypatch.undo()
-        assert found[0] == found[1], text
+        counting, asking = both_ways(chat(text, text, "more?", text), tokenizer, monkeypatch)
+        assert counting == asking, text
+
+
+def both_ways(messages, tokenizer, monkeypatch):
+    """What becomes of messages with places counted where they may be, and with the tokenizer asked."""
+    counting = outcome_of(messages, tokenizer)
+    with monkeypatch.context() as patch:
+        patch.setattr(Tokenizer, "keeps_bytes", lambda *_: False)
+        return counting, outcome_of(messages, tokenizer)
 
 
 def outcome_of(messages, tokenizer):
