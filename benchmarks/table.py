@@ -1,4 +1,4 @@
-"""results.json (all rows, unrounded) -> RESULTS.md."""
+"""results.json (row -> its results, one a processor, unrounded) -> RESULTS.md."""
 
 from __future__ import annotations
 
@@ -13,15 +13,18 @@ HEAD = """# Results
 
 Written by `python -m benchmarks.run`; unrounded numbers stand in `results.json`. A row is a comparison in separate
 processes, in turn, on the same inputs; numbers are medians of the rounds with the lowest and the highest. "Found" is
-itune's number over the peer's, or its own where no peer is named. Rows that were lost stay in the table.
+itune's number over the peer's, or its own where no peer is named. Rows that were lost stay in the table. Ratios depend
+on the processor (the matrix products of torch are MKL's, faster on Intel's than on AMD's; those of itune are XLA's), so
+a row stands once for each that it was measured on: a run replaces the lines of its own processor only.
 `RESULTS_GPU.md` holds what was measured on a GPU, `RESULTS_SINGLE.md` benchmarks with a command of their own.
 """
 
 
 def record(path: Path, name: str, result: dict[str, Any]) -> None:
-    """Replace the row in results.json, whole or not at all, and write RESULTS.md beside it anew."""
+    """Replace the row of this processor in results.json, whole or not at all, and write RESULTS.md beside it anew."""
     results = json.loads(path.read_text()) if path.is_file() else {}
-    results[name] = result
+    others = [each for each in results.get(name, []) if processor(each) != processor(result)]
+    results[name] = sorted([*others, result], key=processor)
     results = {key: results[key] for key in names() if key in results}
     for target, text in ((path, json.dumps(results, indent=1) + "\n"), (path.with_name("RESULTS.md"), page(results))):
         temporary = target.with_suffix(".tmp")
@@ -29,17 +32,26 @@ def record(path: Path, name: str, result: dict[str, Any]) -> None:
         os.replace(temporary, target)
 
 
-def page(results: dict[str, Any]) -> str:
-    lines = [HEAD, "| row | measure | peer | found | bound | holds |", "|---|---|---|---|---|---|"]
-    for name, result in results.items():
+def processor(result: dict[str, Any]) -> str:
+    """The model alone: "2 cores, AMD EPYC, 25 GB" -> "AMD EPYC"."""
+    model: str = result["machine"]["cpu"].split(", ", 1)[1].rsplit(", ", 1)[0]
+    return model.replace("(R)", "").removesuffix(" Processor")
+
+
+def page(results: dict[str, list[dict[str, Any]]]) -> str:
+    lines = [HEAD, "| row | measure | peer | processor | found | bound | holds |", "|---" * 7 + "|"]
+    each = [(name, result) for name, found in results.items() for result in found]
+    for name, result in each:
+        at = processor(result)
         if result["failed"]:
-            lines.append(f"| {name} | | | failed: {cell(result['failed'])} | | no |")
+            lines.append(f"| {name} | | | {at} | failed: {cell(result['failed'])} | | no |")
         for bound in result["bounds"]:
             held = "yes" if bound["holds"] else "**no**"
-            lines.append(f"| {name} | {bound['measure']} | {bound['peer'] or '-'} | {bound['value']:.3g} | "
+            lines.append(f"| {name} | {bound['measure']} | {bound['peer'] or '-'} | {at} | {bound['value']:.3g} | "
                          f"{bound['bound']} | {held}{' (busy machine)' if result['busy'] else ''} |")
-    for name, result in results.items():
-        lines += ["", f"## {name}", "", result["title"] + (f" {result['note']}" if result["note"] else ""), ""]
+    for name, result in each:
+        lines += ["", f"## {name}, {processor(result)}", ""]
+        lines += [result["title"] + (f" {result['note']}" if result["note"] else ""), ""]
         if result["failed"]:
             lines += [f"Failed: {result['failed']}", ""]
         lines += details(result)

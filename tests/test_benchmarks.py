@@ -42,6 +42,7 @@ def fake(monkeypatch, tmp_path):
     monkeypatch.setattr(table, "names", lambda: ["one", "two"])
     monkeypatch.setattr(run, "side_of", side)
     monkeypatch.setattr(machine, "load", lambda: 0.1)
+    monkeypatch.setattr(machine, "describe", lambda: {"cpu": "2 cores, EPYC, 25 GB", "jax": "0"})
 
     def call(*arguments):
         monkeypatch.setattr("sys.argv", ["run", *arguments, "--results", str(tmp_path / "results.json")])
@@ -65,11 +66,11 @@ def test_medians_ratios_and_the_page(fake):
     fill(answers, "two", ours=(2.0, 2.0, 2.0))
     assert call() == 1  # the second row misses: 2 / 2 < 1.5
     results = json.loads((folder / "results.json").read_text())
-    assert results["one"]["sides"]["itune"]["speed"] == [4.0, 3.0, 5.0]
-    assert [bound["holds"] for name in results for bound in results[name]["bounds"]] == [True, False]
+    assert results["one"][0]["sides"]["itune"]["speed"] == [4.0, 3.0, 5.0]
+    assert [bound["holds"] for name in results for bound in results[name][0]["bounds"]] == [True, False]
     page = (folder / "RESULTS.md").read_text()
-    assert "| one | speed | peer | 2 | >= 1.5 | yes |" in page
-    assert "| two | speed | peer | 1 | >= 1.5 | **no** |" in page
+    assert "| one | speed | peer | EPYC | 2 | >= 1.5 | yes |" in page
+    assert "| two | speed | peer | EPYC | 1 | >= 1.5 | **no** |" in page
     assert "4 (3 to 5)" in page and "jax" in page and "python -m benchmarks.run one" in page
 
 
@@ -80,20 +81,33 @@ def test_a_failed_row_is_recorded_and_one_row_replaces_its_own_lines(fake):
     fill(answers, "two")
     assert call() == 1
     page = (folder / "RESULTS.md").read_text()
-    assert "failed: peer: exit code 1: no memory" in page and "| two | speed | peer | 2 | >= 1.5 | yes |" in page
+    assert "failed: peer: exit code 1: no memory" in page and "| two | speed | peer | EPYC | 2 | >= 1.5 | yes |" in page
     before = json.loads((folder / "results.json").read_text())["two"]
     fill(answers, "one")
     assert call("one") == 0
     after = json.loads((folder / "results.json").read_text())
-    assert after["two"] == before and after["one"]["failed"] is None
+    assert after["two"] == before and after["one"][0]["failed"] is None
     assert "no memory" not in (folder / "RESULTS.md").read_text()
+
+
+def test_another_processor_has_lines_of_its_own(fake, monkeypatch):
+    answers, call, folder = fake
+    fill(answers, "one", ours=(1.0, 1.0, 1.0))
+    assert call("one") == 1
+    monkeypatch.setattr(machine, "describe", lambda: {"cpu": "8 cores, Intel(R) Xeon(R) Processor, 9 GB", "jax": "0"})
+    for _ in range(2):  # the second run replaces the first one
+        fill(answers, "one")
+        assert call("one") == 0
+    table_lines = [line for line in (folder / "RESULTS.md").read_text().splitlines() if line.startswith("| one |")]
+    assert table_lines == ["| one | speed | peer | EPYC | 0.5 | >= 1.5 | **no** |",
+                           "| one | speed | peer | Intel Xeon | 2 | >= 1.5 | yes |"]  # fmt: skip
 
 
 def test_what_must_be_equal_is_checked_before_anything_is_repeated(fake):
     answers, call, folder = fake
     fill(answers, "one", loss=1.001)
     assert call("one") == 1
-    result = json.loads((folder / "results.json").read_text())["one"]
+    (result,) = json.loads((folder / "results.json").read_text())["one"]
     assert result["failed"] == "loss of itune and peer differ by 0.001; at most 0.0001 is equal"
     assert len(answers["one", "itune"]) == 2, "one round was run"
 
@@ -105,7 +119,7 @@ def test_a_busy_machine_is_refused_or_said(fake, monkeypatch, capsys):
     assert "busy: load 1.70" in capsys.readouterr().out and not (folder / "results.json").exists()
     fill(answers, "one")
     assert call("one", "--anyway") == 0
-    result = json.loads((folder / "results.json").read_text())["one"]
+    (result,) = json.loads((folder / "results.json").read_text())["one"]
     assert result["bounds"][0]["measure"] == "cpu_speed"
     assert "(busy machine)" in (folder / "RESULTS.md").read_text() and "BUSY" in (folder / "RESULTS.md").read_text()
 
