@@ -119,7 +119,8 @@ def test_equal_to_the_hf_model(folder, tasks, judge, options):
             assert value == pytest.approx(expected, abs=1e-4) and greedy is expected_greedy
     if "roll" in names:
         for mine, wanted in zip(answers(ours, "roll"), answers(theirs, "roll"), strict=True):
-            assert mine[0][0] == pytest.approx(wanted[0][0], abs=1e-4)
+            # a sum over hundreds of tokens: the judge adds them in float32, whose steps are 5e-4 at the largest (-4881)
+            assert mine[0][0] == pytest.approx(wanted[0][0], rel=1e-6, abs=1e-4)
     assert answers(ours, "write") == answers(theirs, "write")
     assert len({text[0][0] for text in answers(ours, "write")}) > 3
     for task in names:
