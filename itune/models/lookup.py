@@ -16,11 +16,14 @@ def lookup(embedding_VD: jax.Array, tokens_BL: jax.Array, dtype: Any, mesh: Mesh
 
     With copies of the weights (mesh axis `data`) each device looks up the tokens of its copy in its part of the table,
     and the gradients of the copies' tables are summed. Left to itself XLA gathers the gradients of all copies' rows
-    instead: hidden states of all tokens. Without copies, or where the mesh does not divide the shapes, XLA decides.
+    instead: hidden states of all tokens; jax 0.12 does so too where both axes of the table are sharded. Otherwise,
+    and where the mesh does not divide the shapes, XLA decides.
     """
-    if mesh is None or mesh.shape["data"] == 1 or not _divides(mesh, embedding_VD, tokens_BL):
+    if mesh is None or not _divides(mesh, embedding_VD, tokens_BL):
         return jnp.take(embedding_VD, tokens_BL, axis=0).astype(dtype)
     fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
+    if mesh.shape["data"] == 1 and (fsdp == 1 or tensor == 1):
+        return jnp.take(embedding_VD, tokens_BL, axis=0).astype(dtype)
 
     def body(part_VD: jax.Array, tokens_BL: jax.Array) -> jax.Array:
         if fsdp > 1:  # this device has some columns: it looks them up for the whole copy

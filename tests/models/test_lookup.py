@@ -1,4 +1,4 @@
-"""Rows of the embedding on meshes with copies of the weights: values and gradients as on one device."""
+"""Rows of the embedding on meshes: values and gradients as on one device, and no hidden states are gathered for them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ B, L, V, D = 8, 6, 16, 8
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", [
     {"data": 8}, {"data": 4, "fsdp": 2}, {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 2, "context": 2, "tensor": 2},
-    {"data": 2, "fsdp": 2, "expert": 2}, {"data": 2, "tensor": 4},
+    {"data": 2, "fsdp": 2, "expert": 2}, {"data": 2, "tensor": 4}, {"fsdp": 4, "tensor": 2},
 ], ids=str)  # fmt: skip
 def test_as_on_one_device_without_gathering_rows(shape, dtype):
     rng = np.random.default_rng(0)
