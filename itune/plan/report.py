@@ -96,20 +96,32 @@ def lines(report: Report) -> Iterator[str]:
         f"({waste:.2f}x: recomputation, attention kernels, padding)"
     )
     yield (
-        f"estimated step {t.step:.2f} s, bound by {t.bound}: compute {t.compute:.2f} at {where.chip.efficiency:.0%} of "
-        f"{where.chip.peak / 1e12:.0f} TFLOP/s, interconnect {t.interconnect:.2f} and network {t.network:.2f} at "
-        f"{OVERLAP_EFFICIENCY:.0%}, then update {t.update:.2f}"
+        f"estimated step {spell(t.step)}, bound by {t.bound}: compute {spell(t.compute)} at "
+        f"{where.chip.efficiency:.0%} of {where.chip.peak / 1e12:.0f} TFLOP/s, interconnect {spell(t.interconnect)} "
+        f"and network {spell(t.network)} at {OVERLAP_EFFICIENCY:.0%}, then update {spell(t.update)}"
     )
     rate = t.tokens_per_second
     yield f"  {rate:,.0f} tokens/s, {rate / where.chips:,.0f} a chip, MFU {mfu(report):.1%}"
     if not report.steps:
         yield f"steps: {report.steps_source}"
         return
-    price = f", about ${report.cost:,.0f} at ${report.price:.2f} a chip and hour (your prices: configs/prices.toml)"
+    price = ""
+    if report.cost is not None:
+        cost = f"about ${report.cost:,.0f}" if report.cost >= 1 else "less than $1"
+        price = f", {cost} at ${report.price:.2f} a chip and hour (your prices: configs/prices.toml)"
     yield (
-        f"run: {report.steps:,} steps ({report.steps_source}), {report.hours:.2f} hours without evaluation and start"
-        f"{price if report.cost is not None else ''}"
+        f"run: {report.steps:,} steps ({report.steps_source}), {spell(report.hours * 3600)} without evaluation and "
+        f"start{price}"
     )
+
+
+def spell(seconds: float) -> str:
+    """A duration in the unit that shows it: 0, 4.1 ms, 0.75 s, 12.5 minutes, 3.20 hours."""
+    if seconds >= 7200:
+        return f"{seconds / 3600:,.2f} hours"
+    if seconds >= 120:
+        return f"{seconds / 60:.1f} minutes"
+    return f"{seconds:.2f} s" if seconds >= 0.1 else f"{seconds * 1e3:.2g} ms" if seconds else "0"
 
 
 def settings_text(settings: dict[str, Any]) -> str:

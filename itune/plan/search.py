@@ -15,7 +15,7 @@ from itune.config import Config
 from itune.models import load_model
 from itune.plan.chips import Slice
 from itune.plan.inputs import Known
-from itune.plan.report import Report, lines, settings_text
+from itune.plan.report import Report, lines, settings_text, spell
 from itune.types import InputError
 
 COMPILED = 5
@@ -109,7 +109,7 @@ def order(report: Report, slack: float = 1.0) -> tuple[bool, float]:
 def describe(report: Report) -> str:
     left = f"{report.left / 2**30:.2f} to spare" if report.fits else f"too large by {-report.left / 2**30:.2f}"
     return (f"{settings_text(report.settings)}: {report.need.total / 2**30:.2f} GiB, {left}, "
-            f"{report.time.step:.2f} s a step")
+            f"{spell(report.time.step)} a step")
 
 
 def reason(best: Report, second: Report) -> str:
@@ -123,7 +123,7 @@ def reason(best: Report, second: Report) -> str:
     if parts[worst] <= 0:
         return "as fast by these limits; the first needs " + (
             "less memory" if best.need.total <= second.need.total else "more memory")
-    return f"{slower:.1%} slower: {parts[worst]:.2f} s more {worst} a step"
+    return f"{slower:.1%} slower: {spell(parts[worst])} more {worst} a step"
 
 
 def overrides(config: Config) -> list[str]:

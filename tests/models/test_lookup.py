@@ -1,4 +1,4 @@
-"""Rows of the embedding on meshes: values and gradients as on one device, and no hidden states are gathered for them."""
+"""Rows of the embedding on meshes: values and gradients as on one device, without gathering hidden states."""
 
 from __future__ import annotations
 

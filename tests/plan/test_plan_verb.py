@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import types
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from itune.plan.chips import CHIPS, parse_topology
 from itune.plan.estimate import estimate, hardware_flops, model_flops, prices
 from itune.plan.layout import lay_out
 from itune.plan.memory import formula_memory
+from itune.plan.report import spell
 from itune.plan.search import candidates
 from itune.plan.traffic import across_slices, formula_traffic
 from itune.sharding import make_mesh
@@ -200,6 +202,16 @@ def test_prices_are_the_users(llama, tmp_path, capsys):
     assert "needs on_demand" in capsys.readouterr().err
     assert set(prices()) == set(CHIPS), "every chip has a price row, and every row a chip"
     assert all(row["noted"] for row in prices().values())
+
+
+def test_short_steps_and_cheap_runs_are_no_zeros(base_folder, capsys):
+    assert main(["plan", "--config", "sft", f"--config.model.path={base_folder}", "--topology", "v5e:2x2", "--formula",
+                 "--config.train.max_steps=3"]) == 0  # fmt: skip
+    said = capsys.readouterr().out
+    assert re.search(r"estimated step [\d.e-]+ ms, bound by", said) and "less than $1 at" in said
+    assert "0.00 s" not in said and "0.00 hours" not in said
+    found = [spell(seconds) for seconds in (0.0, 0.0041, 0.75, 750.0, 11520.0)]
+    assert found == ["0", "4.1 ms", "0.75 s", "12.5 minutes", "3.20 hours"]
 
 
 def test_training_says_what_it_will_use(llama):
