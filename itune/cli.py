@@ -108,8 +108,12 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
+    import jax
+
     from itune.plan.run import plan
 
+    if arguments.topology:  # of chips elsewhere: no device of this machine is taken, and libtpu looks for none
+        jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS") or "cpu")
     result = plan(
         _config(arguments), arguments.topology, search=arguments.search, compiled=not arguments.formula,
         price_file=arguments.prices,
