@@ -31,6 +31,10 @@ def main(argv: list[str] | None = None) -> int:
         if rest and "config" not in arguments:
             raise InputError(f"argument {rest[0]!r} is not understood; see itune {arguments.verb} --help")
         arguments.overrides, arguments.words = rest, sys.argv[1:] if argv is None else argv
+        if arguments.verb in ("demo", "train", "eval", "export", "generate", "chat", "verify"):
+            from itune.runtime.libtpu import quiet_without_tpu
+
+            quiet_without_tpu()
         with _hidden_secrets(arguments.verb), at_hand(arguments):
             return VERBS[arguments.verb](arguments)
     except (InputError, RunError) as error:

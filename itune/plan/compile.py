@@ -12,16 +12,9 @@ from typing import Any
 
 import jax
 
+from itune.runtime.libtpu import SETTINGS
 from itune.step import TrainStep
 from itune.types import Batch, InputError, TrainState
-
-# libtpu asks the cloud's metadata server, for minutes, what machine it is on, unless it is told
-LIBTPU_SETTINGS = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # compilers do not compete for a device
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +57,8 @@ def topology_devices(name: str, slices: int = 1) -> list[Any]:
     """
     from jax.experimental import topologies
 
-    for key, value in LIBTPU_SETTINGS.items():
+    # compilers do not compete for a device
+    for key, value in (*SETTINGS.items(), ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")):
         os.environ.setdefault(key, value)
     several = {"num_slices": slices} if slices > 1 else {}
     try:
