@@ -19,11 +19,9 @@ def lookup(embedding_VD: jax.Array, tokens_BL: jax.Array, dtype: Any, mesh: Mesh
     instead: hidden states of all tokens; jax 0.12 does so too where both axes of the table are sharded. Otherwise,
     and where the mesh does not divide the shapes, XLA decides.
     """
-    if mesh is None or not _divides(mesh, embedding_VD, tokens_BL):
+    if mesh is None or not _xla_gathers(mesh) or not _divides(mesh, embedding_VD, tokens_BL):
         return jnp.take(embedding_VD, tokens_BL, axis=0).astype(dtype)
     fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
-    if mesh.shape["data"] == 1 and (fsdp == 1 or tensor == 1):
-        return jnp.take(embedding_VD, tokens_BL, axis=0).astype(dtype)
 
     def body(part_VD: jax.Array, tokens_BL: jax.Array) -> jax.Array:
         if fsdp > 1:  # this device has some columns: it looks them up for the whole copy
@@ -44,6 +42,10 @@ def _part(part_VD: jax.Array, tokens_BL: jax.Array) -> jax.Array:
     places_BL = tokens_BL - jax.lax.axis_index("tensor") * part_VD.shape[0]
     own_BL1 = ((places_BL >= 0) & (places_BL < part_VD.shape[0]))[..., None]
     return jnp.where(own_BL1, jnp.take(part_VD, places_BL, axis=0, mode="clip"), 0)
+
+
+def _xla_gathers(mesh: Mesh) -> bool:
+    return mesh.shape["data"] > 1 or (mesh.shape["fsdp"] > 1 and mesh.shape["tensor"] > 1)
 
 
 def _divides(mesh: Mesh, embedding_VD: jax.Array, tokens_BL: jax.Array) -> bool:

@@ -121,7 +121,9 @@ def spell(seconds: float) -> str:
         return f"{seconds / 3600:,.2f} hours"
     if seconds >= 120:
         return f"{seconds / 60:.1f} minutes"
-    return f"{seconds:.2f} s" if seconds >= 0.1 else f"{seconds * 1e3:.2g} ms" if seconds else "0"
+    if seconds >= 0.1:
+        return f"{seconds:.2f} s"
+    return f"{seconds * 1e3:.2g} ms" if seconds else "0"
 
 
 def settings_text(settings: dict[str, Any]) -> str:
