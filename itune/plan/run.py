@@ -14,7 +14,7 @@ import jax
 from itune.config import Config
 from itune.evaluators.heldout_loss import token_step
 from itune.models.architecture import ModelConfig
-from itune.plan.chips import Chip, Slice, here, parse_topology
+from itune.plan.chips import Slice, here, parse_topology
 from itune.plan.compile import Compiled, DoesNotFit, compile_lowered, topology_devices
 from itune.plan.count import count_flops
 from itune.plan.estimate import estimate, prices
@@ -29,7 +29,6 @@ from itune.sharding import batch_sharding, rows_divisor
 from itune.types import Batch, InputError
 
 Log = Callable[[str], None]
-UNKNOWN_CHIP = Chip("this machine", "", 0, 50e9, 10e9, 1e9, 0.5)
 
 
 def plan(
@@ -38,7 +37,8 @@ def plan(
 ) -> dict[str, Any]:
     """Plan the run on a slice (this machine's devices without one), print it, and return the numbers.
 
-    Compiles where the slice is of TPUs and libtpu is there. Raises InputError for a config that cannot run there.
+    Compiles where the slice is of TPUs and libtpu is there. Raises InputError for a config that cannot run there, and
+    for devices whose speed is not known.
     """
     if not config.model.path:
         raise InputError("config: model.path is empty; a folder with config.json is enough to plan")
@@ -59,9 +59,14 @@ def plan(
 
 
 def this_machine() -> Slice:
-    """The devices of this machine as a slice."""
+    """The devices of this machine as a slice. Raises InputError where their speed is not known: a CPU."""
     chip, count = here()
-    return Slice("this machine", chip or UNKNOWN_CHIP, (count,))
+    if chip is None:
+        raise InputError(
+            f"plan: the speed of this machine's {jax.devices()[0].device_kind} is not known; expected --topology with "
+            "the chips that the run is for, such as v5e:4x4, v6e:2x4, v5p:2x2x1 or gpu:h200:1"
+        )
+    return Slice("this machine", chip, (count,))
 
 
 def formula_report(config: Config, where: Slice, facts: Known, table: dict[str, Any]) -> Report:
