@@ -13,6 +13,7 @@ from typing import Any, TextIO, cast
 
 from itune import __version__
 from itune.at_hand import at_hand
+from itune.runtime.libtpu import quiet_without_tpu
 from itune.storage.cache import local_workdir
 from itune.types import InputError, RunError
 from itune.usage import build_parser
@@ -31,10 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         if rest and "config" not in arguments:
             raise InputError(f"argument {rest[0]!r} is not understood; see itune {arguments.verb} --help")
         arguments.overrides, arguments.words = rest, sys.argv[1:] if argv is None else argv
-        if arguments.verb in ("demo", "train", "eval", "export", "generate", "chat", "verify"):
-            from itune.runtime.libtpu import quiet_without_tpu
-
-            quiet_without_tpu()
+        quiet_without_tpu()
         with _hidden_secrets(arguments.verb), at_hand(arguments):
             return VERBS[arguments.verb](arguments)
     except (InputError, RunError) as error:
@@ -116,7 +114,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 
     from itune.plan.run import plan
 
-    if arguments.topology:  # of chips elsewhere: no device of this machine is taken, and libtpu looks for none
+    if arguments.topology:  # of chips elsewhere: no device of this machine is taken
         jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS") or "cpu")
     result = plan(
         _config(arguments), arguments.topology, search=arguments.search, compiled=not arguments.formula,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 import tempfile
 import time
@@ -12,7 +11,7 @@ from typing import Any
 
 import jax
 
-from itune.runtime.libtpu import SETTINGS
+from itune.runtime.libtpu import only_compiles
 from itune.step import TrainStep
 from itune.types import Batch, InputError, TrainState
 
@@ -57,9 +56,7 @@ def topology_devices(name: str, slices: int = 1) -> list[Any]:
     """
     from jax.experimental import topologies
 
-    # compilers do not compete for a device
-    for key, value in (*SETTINGS.items(), ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")):
-        os.environ.setdefault(key, value)
+    only_compiles()
     several = {"num_slices": slices} if slices > 1 else {}
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **several).devices)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.util
 import io
 import itertools
 import os
@@ -18,6 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from itune.runtime.libtpu import tpu_here
 from itune.runtime.supervisor import heartbeat_seconds
 from itune.types import InputError
 
@@ -41,7 +41,7 @@ def start() -> None:
             address, count, index, coordinator_bind_address=address if index == 0 else None,
             heartbeat_timeout_seconds=heartbeat_seconds(),
         )
-    elif asked == "1" or (asked != "0" and (_several_tasks() or _tpu_here())):
+    elif asked == "1" or (asked != "0" and (_several_tasks() or tpu_here())):
         _as_jax_finds_it(must=asked == "1" or _several_tasks())
 
 
@@ -79,13 +79,6 @@ def _several_tasks() -> bool:
     """Whether a launcher says that this process is one of several."""
     counts = (os.environ.get("SLURM_STEP_NUM_TASKS", ""), os.environ.get("OMPI_COMM_WORLD_SIZE", ""))
     return any(count.isdecimal() and int(count) > 1 for count in counts)
-
-
-def _tpu_here() -> bool:
-    """Whether jax will use TPU chips of this machine; whether they are part of a pod, jax asks the metadata server."""
-    wanted = "tpu" in (os.environ.get("JAX_PLATFORMS") or "tpu").split(",")
-    chips = Path("/dev/accel0").exists() or any(Path("/dev/vfio").glob("[0-9]*"))
-    return wanted and chips and importlib.util.find_spec("libtpu") is not None
 
 
 _meetings = itertools.count()

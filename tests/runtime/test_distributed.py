@@ -45,7 +45,7 @@ def test_tpu_machine_that_is_no_pod_goes_on_alone(calls, monkeypatch):
     def none(*args, **kwargs):
         raise ValueError("coordinator_address should be defined.")
 
-    monkeypatch.setattr(distributed, "_tpu_here", lambda: True)
+    monkeypatch.setattr(distributed, "tpu_here", lambda: True)
     monkeypatch.setattr(distributed.jax.distributed, "initialize", none)
     distributed.start()
     monkeypatch.setenv("ITUNE_DISTRIBUTED", "1")
