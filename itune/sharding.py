@@ -125,6 +125,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return named(mesh, ("batch", "length"))
 
 
+def is_one_cpu(mesh: Mesh) -> bool:
+    """Whether the mesh is one CPU device, where a program may branch and copy as no accelerator would want to."""
+    return mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
+
+
 def rows_divisor(mesh: Mesh) -> int:
     """The number that a batch's rows must be divisible by."""
     return math.prod(mesh.shape[axis] for axis in RULES["batch"])

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from itune.objectives.objective import Objective
 from itune.optim import Schedule, clip_by_global_norm
 from itune.rounding import round_tree
-from itune.sharding import batch_sharding, replicated, rows_divisor, spec, tree_shardings
+from itune.sharding import batch_sharding, is_one_cpu, replicated, rows_divisor, spec, tree_shardings
 from itune.spikes import judge
 from itune.types import Batch, InputError, TrainState
 from itune.xla import options
@@ -219,7 +219,14 @@ def _accumulate(
 
     def add(total: Any, micro: Any) -> tuple[Any, None]:
         index, micro_batch = micro
-        return jax.tree.map(jnp.add, total, one(micro_batch, jax.random.fold_in(rng, index))), None
+
+        def added(total: Any) -> Any:
+            return jax.tree.map(jnp.add, total, one(micro_batch, jax.random.fold_in(rng, index)))
+
+        if not is_one_cpu(mesh):
+            return added(total), None
+        # the last batch of a pass is filled up with rows of padding, and zeros are what a micro-batch of them adds
+        return jax.lax.cond(jnp.all(micro_batch.segment_ids_BL == 0), lambda total: total, added, total), None
 
     micro_batches = Batch(*map(cut, batch))
     first = Batch(*(array[0] for array in micro_batches))

@@ -166,6 +166,29 @@ def test_update_that_is_not_finite_on_one_shard_is_skipped_everywhere():
     assert not jax.tree.all(jax.tree.map(np.array_equal, before.trainable, on_host(state.trainable)))
 
 
+def test_micro_batch_of_padding_is_not_computed_on_one_cpu():
+    """An objective that is not finite without a token shows that it never ran; what is left is the batch's own step."""
+    model = Model(CONFIG, "llama", mesh=make_mesh({}, jax.devices()[:1]))
+    objective, optimizer = make_sft(model), make_optimizer(SECTION, 10)
+
+    def loss(trainable, frozen, batch, rng):
+        total, weight, metrics = objective(trainable, frozen, batch, rng)
+        return total / (batch.segment_ids_BL > 0).any(), weight, metrics
+
+    batch = make_batch(rows=4)
+    batch = Batch(*(array * (np.arange(4) % 2 == 0)[:, None].astype(array.dtype) for array in batch))
+    found = {}
+    for name, each, accumulation in (("whole", objective, 1), ("cut", dataclasses.replace(objective, loss=loss), 2)):
+        schedule = make_schedule(SECTION, 10)
+        step = make_train_step(each, optimizer, schedule, model.mesh, accumulation=accumulation)
+        state = init_state(model, model.init(jax.random.key(0)), optimizer, 0, model.mesh)
+        found[name] = on_host(step(state, to_device(batch, model.mesh)))
+    (whole, metrics), (cut, metrics_cut) = found["whole"], found["cut"]
+    assert metrics_cut["finite"] and metrics_cut["tokens"] == metrics["tokens"] == 2 * (L - 2)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-6), metrics, metrics_cut)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, atol=1e-6), whole.opt_state.mu, cut.opt_state.mu)
+
+
 class Table:
     """A model whose hidden states are rows of a table: enough to train an adapter on."""
 
