@@ -40,6 +40,7 @@ class LossSection:
     chunk: int = _key(1024, "tokens", 1)
     blocks: int = _key(1, "parts of the vocabulary", 1)
     router_aux: float = _key(0.0, "coefficient", 0.0)
+    shorten: bool = _key(True, "yes or no")
 
 
 @dataclasses.dataclass(frozen=True)

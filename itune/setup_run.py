@@ -17,6 +17,7 @@ from itune.evaluators import check_held_out, find_evaluator
 from itune.judge import check_patience
 from itune.models import load_model
 from itune.models.lora import Lora
+from itune.models.tail import shortened
 from itune.objectives.sft import make_sft
 from itune.optim import make_optimizer, make_schedule
 from itune.plan.check import one_line
@@ -109,8 +110,11 @@ def make_plan(
     optimizer = make_optimizer(config.optimizer, data.loader.total_steps, trainable)
     if config.train.skip_spikes:
         optimizer = with_window(optimizer, config.train.spike_window)
+    seen, chunk = model, config.loss.chunk
+    if config.loss.shorten and config.loss.blocks == 1:
+        seen, chunk = shortened(model, chunk)
     objective = make_sft(
-        model, config.loss.weighting, config.loss.chunk, blocks=config.loss.blocks, parameters=tuning.parameters,
+        seen, config.loss.weighting, chunk, blocks=config.loss.blocks, parameters=tuning.parameters,
         router_aux=config.loss.router_aux,
     )  # fmt: skip
     step = make_train_step(

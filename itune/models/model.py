@@ -92,8 +92,8 @@ class Model:
     ) -> Any:
         segments_BL, positions_BL = _defaults(tokens_BL, segments_BL, positions_BL)
         rngs = {"dropout": rng} if rng is not None and self.dropout else None
-        return self._decoder().apply(
-            _collections(params), tokens_BL, segments_BL, positions_BL, rngs=rngs, mutable=mutable
+        return self.decoder().apply(
+            collections(params), tokens_BL, segments_BL, positions_BL, rngs=rngs, mutable=mutable
         )
 
     def unembed(self, params: Any) -> jax.Array:
@@ -129,16 +129,16 @@ class Model:
         attended. The caller sees to it that the slots suffice: past the end a write would land on the last slots.
         """
         segments_BL, positions_BL = _defaults(tokens_BL, segment_ids_BL, positions_BL)
-        both: Any = self._decoder().apply(_collections(params), tokens_BL, segments_BL, positions_BL, cache)
+        both: Any = self.decoder().apply(collections(params), tokens_BL, segments_BL, positions_BL, cache)
         return both
 
-    def _decoder(self) -> Decoder:
-        settings = {name: getattr(self, name) for name in Settings._fields if name != "dtype"}
-        return Decoder(self.config, Settings(dtype=self.compute_dtype, **settings))
+    def decoder(self, whole: bool = True) -> Decoder:
+        settings = {name: getattr(self, name) for name in Settings._fields if name not in ("dtype", "whole")}
+        return Decoder(self.config, Settings(dtype=self.compute_dtype, whole=whole, **settings))
 
     def _init(self, rng: jax.Array) -> Any:
         tokens_BL = jnp.zeros((1, 1), jnp.int32)
-        return self._decoder().init(rng, tokens_BL, tokens_BL, tokens_BL)["params"]
+        return self.decoder().init(rng, tokens_BL, tokens_BL, tokens_BL)["params"]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -165,7 +165,7 @@ def _axes(path: tuple, leaf: jax.ShapeDtypeStruct) -> tuple[str, ...]:
     return ("layers", *axes) if names[0] == "blocks" else axes
 
 
-def _collections(params: Any) -> dict[str, Any]:
+def collections(params: Any) -> dict[str, Any]:
     """Parameters as flax takes them: adapters are a collection of their own."""
     base = {name: leaf for name, leaf in params.items() if name != ADAPTERS}
     return {"params": base, **({ADAPTERS: params[ADAPTERS]} if ADAPTERS in params else {})}

@@ -31,6 +31,7 @@ class Settings(NamedTuple):
     max_segments: int = 0
     scan: bool = True
     dropout: float = 0.0
+    whole: bool = True  # False: up to the last layer's MLP, which tail.py computes; the last layers are not stacked
 
 
 class Context(NamedTuple):
@@ -107,11 +108,15 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    """Residual layer: attention, then the MLP or the experts, with norms before or after each, or both."""
+    """Residual layer: attention, then the MLP or the experts, with norms before or after each, or both.
+
+    `half`: "attention" or "mlp" alone; "" is both. The MLP by itself takes no context.
+    """
 
     config: ModelConfig
     kind: LayerKind
     settings: Settings
+    half: str = ""
 
     @nn.compact
     def __call__(self, hidden_BLD: jax.Array, cache: Any, context: Context) -> tuple[jax.Array, Any]:
@@ -124,9 +129,12 @@ class Layer(nn.Module):
             return hidden_BLD + (x_BLD if c.residual_scale == 1 else x_BLD * c.residual_scale)
 
         before, after = ("pre", "both"), ("post", "both")
-        normed_BLD = norm("attention_norm", before, hidden_BLD)
-        mixed_BLD, cache = Attention(c, self.kind, s, name="attention")(normed_BLD, cache, context)
-        hidden_BLD = add(norm("attention_post_norm", after, mixed_BLD))
+        if self.half != "mlp":
+            normed_BLD = norm("attention_norm", before, hidden_BLD)
+            mixed_BLD, cache = Attention(c, self.kind, s, name="attention")(normed_BLD, cache, context)
+            hidden_BLD = add(norm("attention_post_norm", after, mixed_BLD))
+        if self.half == "attention":
+            return hidden_BLD, cache
         normed_BLD = norm("mlp_norm", before, hidden_BLD)
         if self.kind.experts is None:
             mixed_BLD = MLP(c, s.dtype, s.param_dtype, s.dropout, name="mlp")(normed_BLD)
@@ -169,6 +177,8 @@ class Decoder(nn.Module):
         hidden_BLD = constrain(hidden_BLD, s.mesh, ("batch", "length", None))
         context = make_context(c, s, segments_BL, positions_BL, cache)
         period, repeats = layer_plan(c.kinds) if s.scan else (0, 0)
+        if not s.whole and period * repeats == c.num_layers:
+            repeats -= 1
         blocks_cache: Any = ()
         if repeats:
             scanned = nn.scan(
@@ -181,11 +191,15 @@ class Decoder(nn.Module):
             )
             blocks = scanned(c, c.kinds[:period], s, name="blocks")
             hidden_BLD, blocks_cache = blocks(hidden_BLD, None if cache is None else cache["blocks"], context)
-        rest_cache = []
-        for i, kind in enumerate(c.kinds[period * repeats :]):
-            layer = remat(Layer, s.remat, inside_scan=False)(c, kind, s, name=f"rest_{i}")
+        rest, rest_cache = c.kinds[period * repeats :], []
+        for i, kind in enumerate(rest):
+            half = "" if s.whole or i + 1 < len(rest) else "attention"
+            layer_class = Layer if half else remat(Layer, s.remat, inside_scan=False)  # its backward pass comes next
+            layer = layer_class(c, kind, s, half, name=f"rest_{i}")
             hidden_BLD, written = layer(hidden_BLD, None if cache is None else cache["rest"][i], context)
             rest_cache.append(written)
+        if not s.whole:
+            return hidden_BLD
         hidden_BLD = RMSNorm(c, s.dtype, s.param_dtype, name="final_norm")(hidden_BLD)
         if self.is_initializing() and not c.tie_embeddings:
             Head(c, s, name="lm_head")()

@@ -56,6 +56,7 @@ def chunked_cross_entropy(
     `blocks` above 1: where the kernel is differentiated, the vocabulary comes in as many parts (`objectives/blocks.py`:
     less memory, a third more products). Only without a mesh or on one device.
 
+    `kernel_VD`: the head's kernel; on one device it may be a tree of all that `logits_fn` reads of the parameters.
     hidden: (B, L, D) or (T, D) in the compute dtype; targets int32 and weights float32 >= 0 of the leading shape.
     `logits_fn(kernel_VD, hidden_TD) -> logits_TV` float32 must treat each vocabulary entry alone (scale, softcap do):
     on a mesh with a `tensor` axis it sees a shard of the vocabulary. It must not close over traced values. With `mesh`,
@@ -65,7 +66,7 @@ def chunked_cross_entropy(
     if blocks > 1 and mesh is not None and mesh.size > 1:
         raise InputError(f"config: loss.blocks={blocks} is for one device, the mesh has {mesh.size}; set it to 1 "
                          "(fsdp and tensor divide the vocabulary)")
-    kernel_VD, hidden, targets, weights = map(jnp.asarray, (kernel_VD, hidden, targets, weights))
+    kernel_VD, hidden, targets, weights = jax.tree.map(jnp.asarray, (kernel_VD, hidden, targets, weights))
     static = _Static(logits_fn, chunk, blocks, mesh)
     loss_sum, nll, correct = _cross_entropy(static, kernel_VD, hidden, targets, weights.astype(jnp.float32))
     return CrossEntropy(loss_sum, jax.lax.stop_gradient(nll), jax.lax.stop_gradient(correct))
@@ -76,7 +77,7 @@ class _Static(NamedTuple):
     chunk: int
     blocks: int
     mesh: Mesh | None
-    kernel_gradient: bool = True
+    moves: tuple[bool, ...] = (True,)  # whether the kernel is differentiated; of a tree of them, each
     gradient_dtype: Any = jnp.float32  # of the kernel, where its gradient is formed in blocks
 
 
@@ -87,16 +88,15 @@ def _cross_entropy(static: _Static, kernel_VD: Any, hidden: Any, targets: Any, w
 
 def _forward(static: _Static, *arguments: Any) -> Any:
     """A kernel that is not differentiated (LoRA, freezing) costs neither its product nor the memory of its gradient."""
-    kernel_VD, *others = arguments
-    wanted = static._replace(kernel_gradient=kernel_VD.perturbed)
-    return _run(wanted, True, kernel_VD.value, *(argument.value for argument in others))
+    static = static._replace(moves=tuple(leaf.perturbed for leaf in jax.tree.leaves(arguments[0])))
+    return _run(static, True, *jax.tree.map(lambda argument: argument.value, arguments))
 
 
 def _backward(static: _Static, gradients: Any, cotangents: CrossEntropy) -> Any:
     scale = cotangents.loss_sum
     if isinstance(scale, SymbolicZero):
         return None, None, None, None
-    dkernel_VD, dhidden = (None if g is None else (scale * g).astype(g.dtype) for g in gradients)
+    dkernel_VD, dhidden = jax.tree.map(lambda g: (scale * g).astype(g.dtype), gradients)
     return dkernel_VD, dhidden, None, None
 
 
@@ -108,13 +108,22 @@ def _run(static: _Static, with_gradients: bool, kernel_VD: Any, hidden: Any, tar
 
     dkernel_VD is None where the kernel is not differentiated.
     """
-    dtype, narrower = kernel_VD.dtype, hidden.dtype.itemsize < kernel_VD.dtype.itemsize
-    kernel_VD = kernel_VD.astype(hidden.dtype) if narrower else kernel_VD  # once, and before devices exchange it
-    static = static._replace(gradient_dtype=dtype)
-    result, gradients = _spread(static, with_gradients, kernel_VD, hidden, targets, weights)
-    if gradients is not None and gradients[0] is not None:
-        gradients = gradients[0].astype(dtype), gradients[1]
+    def narrowed(leaf: Any) -> Any:  # once, and before devices exchange it
+        return leaf.astype(hidden.dtype) if hidden.dtype.itemsize < leaf.dtype.itemsize else leaf
+
+    static = static._replace(gradient_dtype=jax.tree.leaves(kernel_VD)[0].dtype)
+    result, gradients = _spread(static, with_gradients, jax.tree.map(narrowed, kernel_VD), hidden, targets, weights)
+    if gradients is not None:
+        moving = _moving(static, kernel_VD)
+        gradients = jax.tree.map(lambda g, leaf: g.astype(leaf.dtype), gradients[0], moving), gradients[1]
     return result, gradients
+
+
+def _moving(static: _Static, kernel_VD: Any) -> Any:
+    """The kernel, or None if it is not differentiated; of a tree the same, leaf by leaf."""
+    leaves, structure = jax.tree.flatten(kernel_VD)
+    kept = [leaf if moves else None for leaf, moves in zip(leaves, static.moves, strict=True)]
+    return jax.tree.unflatten(structure, kept)
 
 
 class _Layout(NamedTuple):
@@ -221,15 +230,14 @@ def _local(
             dkernel_VD, dhidden_TD = gradients
             dkernel_C, dhidden_C = chunk_gradients
             dhidden_TD = write(dhidden_TD, at, dhidden_C.astype(dhidden_TD.dtype))
-            if dkernel_C is not None:
-                dkernel_VD = dkernel_VD + dkernel_C.astype(jnp.float32)
+            dkernel_VD = jax.tree.map(lambda so_far, g: so_far + g.astype(jnp.float32), dkernel_VD, dkernel_C)
             gradients = dkernel_VD, dhidden_TD
         total += jnp.sum(weights_C * nll_C)
         return total, write(nll_T, at, nll_C), write(correct_T, at, correct_C), gradients
 
     turns = (count + chunk - 1) // chunk
     zeros_T = jnp.zeros((tokens,), jnp.float32)
-    if static.blocks > 1 and with_gradients and static.kernel_gradient:
+    if static.blocks > 1 and with_gradients and static.moves == (True,):
         weights_P = jnp.where(places < tokens, read(weights_T, places), 0)
         nll_P, correct_P, dkernel_VD, dhidden_PD = cross_entropy_in_blocks(
             static.logits_fn, kernel_VD, read(hidden_TD, places), read(targets_T, places), weights_P,
@@ -240,8 +248,10 @@ def _local(
         dhidden_TD = write(jnp.zeros_like(hidden_TD), places, dhidden_PD.astype(hidden_TD.dtype))
         gradients: Any = dkernel_VD, dhidden_TD
     else:
-        dkernel_VD = jnp.zeros(kernel_VD.shape, jnp.float32) if static.kernel_gradient else None
-        gradients = (dkernel_VD, jnp.zeros_like(hidden_TD)) if with_gradients else None
+        gradients = None
+        if with_gradients:
+            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), _moving(static, kernel_VD))
+            gradients = zeros, jnp.zeros_like(hidden_TD)
         carry = (jnp.zeros((), jnp.float32), zeros_T, zeros_T, gradients)
         total, nll_T, correct_T, gradients = jax.lax.fori_loop(0, turns, turn, carry)
     if gradients is not None:
@@ -280,11 +290,15 @@ def _chunk(
     if not with_gradients:
         logits_TV = static.logits_fn(kernel_VD, hidden_TD)
     else:  # as float32 arguments, so that their gradients are not rounded before they are summed
-        kernel_VD, hidden_TD = kernel_VD.astype(jnp.float32), hidden_TD.astype(jnp.float32)
-        if static.kernel_gradient:
-            logits_TV, pull = jax.vjp(static.logits_fn, kernel_VD, hidden_TD)
-        else:
-            logits_TV, pull = jax.vjp(functools.partial(static.logits_fn, kernel_VD), hidden_TD)
+        kernel_VD, hidden_TD = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (kernel_VD, hidden_TD))
+
+        def logits(moving: Any, hidden_TD: Any) -> Any:
+            whole_VD = jax.tree.map(
+                lambda moved, leaf: leaf if moved is None else moved, moving, kernel_VD, is_leaf=lambda x: x is None
+            )
+            return static.logits_fn(whole_VD, hidden_TD)
+
+        logits_TV, pull = jax.vjp(logits, _moving(static, kernel_VD), hidden_TD)
     axes, entries = layout.vocab_axes, jnp.arange(logits_TV.shape[-1])
     if layout.visit:  # the last device's part ends in entries that do not exist
         entries += jax.lax.axis_index("fsdp") * logits_TV.shape[-1]
@@ -304,7 +318,7 @@ def _chunk(
     if pull is None:
         return nll_T, correct_T, None
     softmax_TV = jnp.exp(logits_TV - highest_T[:, None]) / normaliser_T[:, None]
-    *dkernel_VD, dhidden_TD = pull(weights_T[:, None] * (softmax_TV - is_target_TV))
+    dkernel_VD, dhidden_TD = pull(weights_T[:, None] * (softmax_TV - is_target_TV))
     if "tensor" in axes:
         dhidden_TD = jax.lax.psum(dhidden_TD, "tensor")
-    return nll_T, correct_T, (dkernel_VD[0] if dkernel_VD else None, dhidden_TD)
+    return nll_T, correct_T, (dkernel_VD, dhidden_TD)
