@@ -90,7 +90,7 @@ def get_config() -> ConfigDict:
     c.loss.chunk = 1024  # tokens whose logits exist at one time
     c.loss.blocks = 1  # parts of the vocabulary, on one device: more take less memory, and a third more products
     c.loss.router_aux = 0.0  # coefficient of the load-balancing loss of a mixture of experts; 0 is off
-    c.loss.shorten = True  # on one CPU, in float32: the last layer's MLP for target tokens only, 256 at a time at most
+    c.loss.shorten = True  # on one CPU, few layers, float32: the last MLP for target tokens only, at most 256 at a time
 
     c.train = ConfigDict()
     c.train.epochs = 1.0  # passes over the data

@@ -110,11 +110,12 @@ def make_plan(
     optimizer = make_optimizer(config.optimizer, data.loader.total_steps, trainable)
     if config.train.skip_spikes:
         optimizer = with_window(optimizer, config.train.spike_window)
-    seen, chunk = model, config.loss.chunk
+    seen, chunk, parameters = model, config.loss.chunk, tuning.parameters
     if config.loss.shorten and config.loss.blocks == 1:
-        seen, chunk = shortened(model, chunk)
+        seen, chunk = shortened(model, chunk, shape[0] * shape[1] // config.train.accumulation)
+        parameters = parameters if seen is model else seen.parameters(parameters)
     objective = make_sft(
-        seen, config.loss.weighting, chunk, blocks=config.loss.blocks, parameters=tuning.parameters,
+        seen, config.loss.weighting, chunk, blocks=config.loss.blocks, parameters=parameters,
         router_aux=config.loss.router_aux,
     )  # fmt: skip
     step = make_train_step(

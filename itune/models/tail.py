@@ -2,13 +2,13 @@
 
 After the last attention no token looks at another. The chunked loss leaves out tokens of weight 0 before the head, and
 so it can before the MLP that comes ahead of it: where a third of the tokens are targets, two thirds of that work are
-saved, forward and backward. On one CPU only: there is room for a copy of the stacked layers without the last one, and
-layers are few, so that one of them counts.
+saved, forward and backward. For models of few layers on one CPU: elsewhere a layer is too small a part of the whole.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,18 +17,21 @@ from itune.models.architecture import ModelConfig, layer_plan
 from itune.models.layers import ADAPTERS, RMSNorm
 from itune.models.model import Model, collections
 from itune.models.transformer import Layer
-from itune.models.unrolled import unroll_params
 from itune.sharding import is_one_cpu
 
 CHUNK = 256  # tokens at a time, at most: the last turn is filled up, and each now costs an MLP besides the head
+TOKENS = 128  # a layer and micro-batch, at least: fewer save less than the kernels' gradients cost, once more a turn
+_LAST = "last_mlp"
 _ATTENTION = ("attention", "attention_norm", "attention_post_norm")
+
+Parameters = Callable[[Any, Any], Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Shortened:
     """A model as the loss sees it, whose hidden states end before the last layer's MLP, and whose head begins there.
 
-    Hashable, as the model is.
+    It reads what `parameters` gives. Hashable, as the model is.
     """
 
     model: Model
@@ -41,25 +44,20 @@ class Shortened:
     def mesh(self) -> Any:
         return self.model.mesh
 
+    def parameters(self, whole: Parameters) -> Parameters:
+        """`whole(trainable, frozen)`, the model's parameters, with the last layer's MLP beside them."""
+        return lambda trainable, frozen: self._fork(whole(trainable, frozen))
+
     def hidden(
         self, params: Any, tokens_BL: Any, segment_ids_BL: Any, positions_BL: Any, *, rng: Any = None
     ) -> Any:
         """Hidden states after the last attention, (B, L, D). `rng` is not used: `shortened` takes no dropout."""
-        decoder = self.model.decoder(whole=False)
-        hidden_BLD: Any = decoder.apply(
-            collections(_last_apart(self.model, params)), tokens_BL, segment_ids_BL, positions_BL
-        )
-        return hidden_BLD
+        params = collections({name: leaf for name, leaf in params.items() if name != _LAST})
+        return self.model.decoder(whole=False).apply(params, tokens_BL, segment_ids_BL, positions_BL)
 
     def unembed(self, params: Any) -> dict[str, Any]:
         """What `head_logits` reads of the parameters."""
-        last = f"rest_{self.config.num_layers - 1}"
-        apart = unroll_params(self.model, params) if self.model.scan else params
-        mlp = {name: leaf for name, leaf in apart[last].items() if name not in _ATTENTION}
-        if ADAPTERS in params:
-            adapters = apart[ADAPTERS].get(last, {})
-            mlp[ADAPTERS] = {name: leaf for name, leaf in adapters.items() if name not in _ATTENTION}
-        return {"kernel": self.model.unembed(params), "mlp": mlp, "norm": params["final_norm"]}
+        return {"kernel": self.model.unembed(params), "norm": params["final_norm"], "mlp": params[_LAST]}
 
     def head_logits(self, head: dict[str, Any], hidden_TD: jax.Array) -> jax.Array:
         """float32 logits (T, V) of what `hidden` gives."""
@@ -70,29 +68,55 @@ class Shortened:
         normed_TD: Any = norm.apply({"params": head["norm"]}, hidden_1TD[0])
         return self.model.head_logits(head["kernel"], normed_TD)
 
+    def _fork(self, params: Any) -> dict[str, Any]:
+        """The parameters, the adapters among them, with the MLP of the last layer also by itself."""
+        period, repeats = layer_plan(self.config.kinds) if self.model.scan else (0, 0)
+        layers = self.config.num_layers
+        if stacked := period * repeats == layers:
+            blocks, name = dict(params.get("blocks", {})), f"layer_{period - 1}"
+            layer = dict(blocks.get(name, {}))
+        else:
+            layer = params.get(f"rest_{layers - period * repeats - 1}", {})
+        mlp = {name: leaf for name, leaf in layer.items() if name not in _ATTENTION}
+        forked = dict(params)
+        if stacked:
+            leaves, structure = jax.tree.flatten(mlp)
+            pairs = [_with_last(leaf) for leaf in leaves]
+            layer.update(jax.tree.unflatten(structure, [stack for stack, _ in pairs]))
+            forked["blocks"] = {**blocks, name: layer}
+            mlp = jax.tree.unflatten(structure, [last for _, last in pairs])
+        if ADAPTERS in params:
+            forked[ADAPTERS] = self._fork(params[ADAPTERS])
+            mlp = {**mlp, ADAPTERS: forked[ADAPTERS].pop(_LAST)}
+        return {**forked, _LAST: mlp}
 
-def shortened(model: Model, chunk: int) -> tuple[Any, int]:
-    """(model for the loss, tokens at a time): shortened where that can be, as given elsewhere.
 
-    Not for experts, which see a whole batch; not with dropout of an adapter's input; and float32 alone, because within
-    the head nothing is rounded to a narrower dtype between the layer's parts.
+def shortened(model: Model, chunk: int, tokens: int) -> tuple[Any, int]:
+    """(model for the loss, tokens at a time): shortened where that can be and gains, as given elsewhere.
+
+    `tokens` of a micro-batch. Not for experts, which see a whole batch; not with dropout of an adapter's input; and
+    float32 alone, because within the head nothing is rounded to a narrower dtype between the layer's parts.
     """
     can = model.mesh is not None and is_one_cpu(model.mesh) and model.compute_dtype == "float32"
     can = can and not model.dropout and all(kind.experts is None for kind in model.config.kinds)
-    return (Shortened(model), min(chunk, CHUNK)) if can else (model, chunk)
+    gains = tokens >= TOKENS * model.config.num_layers
+    return (Shortened(model), min(chunk, CHUNK)) if can and gains else (model, chunk)
 
 
-def _last_apart(model: Model, params: Any) -> Any:
-    """Parameters whose last layer is not stacked with others: a last block of the stack becomes the rest."""
-    period, repeats = layer_plan(model.config.kinds) if model.scan else (0, 0)
-    if period * repeats < model.config.num_layers:
-        return params
-    found = {name: leaf for name, leaf in params.items() if name not in ("blocks", ADAPTERS)}
-    blocks = params.get("blocks", {})
-    if repeats > 1:
-        found["blocks"] = jax.tree.map(lambda leaf: leaf[:-1], blocks)
-    for i in range(period):
-        found[f"rest_{i}"] = jax.tree.map(lambda leaf: leaf[-1], blocks.get(f"layer_{i}", {}))
-    if ADAPTERS in params:
-        found[ADAPTERS] = _last_apart(model, params[ADAPTERS])
-    return found
+@jax.custom_vjp
+def _with_last(stacked: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A stack of layers' parameters, and those of the last, which nothing else may read from the stack."""
+    return stacked, stacked[-1]
+
+
+def _forward(stacked: jax.Array) -> Any:
+    return _with_last(stacked), None
+
+
+def _backward(_: None, gradients: tuple[jax.Array, jax.Array]) -> tuple[jax.Array]:
+    """The last one's gradient goes where the stack's is 0: written there, not added to it as a second stack."""
+    stacked, last = gradients
+    return (jax.lax.dynamic_update_index_in_dim(stacked, last, stacked.shape[0] - 1, 0),)
+
+
+_with_last.defvjp(_forward, _backward)

@@ -31,7 +31,7 @@ class Settings(NamedTuple):
     max_segments: int = 0
     scan: bool = True
     dropout: float = 0.0
-    whole: bool = True  # False: up to the last layer's MLP, which tail.py computes; the last layers are not stacked
+    whole: bool = True  # False: up to the last layer's MLP, which tail.py computes
 
 
 class Context(NamedTuple):
@@ -110,7 +110,8 @@ class Attention(nn.Module):
 class Layer(nn.Module):
     """Residual layer: attention, then the MLP or the experts, with norms before or after each, or both.
 
-    `half`: "attention" or "mlp" alone; "" is both. The MLP by itself takes no context.
+    `half`: "attention" or "mlp" alone; "" is both. The MLP by itself takes no context. `last`, a traced boolean:
+    whether to leave out the MLP (itune/models/tail.py).
     """
 
     config: ModelConfig
@@ -119,47 +120,56 @@ class Layer(nn.Module):
     half: str = ""
 
     @nn.compact
-    def __call__(self, hidden_BLD: jax.Array, cache: Any, context: Context) -> tuple[jax.Array, Any]:
+    def __call__(self, hidden_BLD: jax.Array, cache: Any, context: Context, last: Any = None) -> tuple[jax.Array, Any]:
         c, s = self.config, self.settings
 
         def norm(name: str, places: tuple[str, ...], x: jax.Array) -> jax.Array:
             return RMSNorm(c, s.dtype, s.param_dtype, name=name)(x) if c.norm_placement in places else x
 
-        def add(x_BLD: jax.Array) -> jax.Array:
+        def add(hidden_BLD: jax.Array, x_BLD: jax.Array) -> jax.Array:
             return hidden_BLD + (x_BLD if c.residual_scale == 1 else x_BLD * c.residual_scale)
 
         before, after = ("pre", "both"), ("post", "both")
         if self.half != "mlp":
             normed_BLD = norm("attention_norm", before, hidden_BLD)
             mixed_BLD, cache = Attention(c, self.kind, s, name="attention")(normed_BLD, cache, context)
-            hidden_BLD = add(norm("attention_post_norm", after, mixed_BLD))
+            hidden_BLD = add(hidden_BLD, norm("attention_post_norm", after, mixed_BLD))
+
+        def after_attention(_: Any, hidden_BLD: jax.Array) -> jax.Array:
+            normed_BLD = norm("mlp_norm", before, hidden_BLD)
+            if self.kind.experts is None:
+                mixed_BLD = MLP(c, s.dtype, s.param_dtype, s.dropout, name="mlp")(normed_BLD)
+            else:
+                mixed_BLD = MoE(c, self.kind.experts, s.dtype, s.param_dtype, s.mesh, name="mlp")(
+                    normed_BLD, context.q_segments_BL
+                )
+            return add(hidden_BLD, norm("mlp_post_norm", after, mixed_BLD))
+
         if self.half == "attention":
             return hidden_BLD, cache
-        normed_BLD = norm("mlp_norm", before, hidden_BLD)
-        if self.kind.experts is None:
-            mixed_BLD = MLP(c, s.dtype, s.param_dtype, s.dropout, name="mlp")(normed_BLD)
+        if last is None:
+            hidden_BLD = after_attention(self, hidden_BLD)
         else:
-            mixed_BLD = MoE(c, self.kind.experts, s.dtype, s.param_dtype, s.mesh, name="mlp")(
-                normed_BLD, context.q_segments_BL
-            )
-        hidden_BLD = add(norm("mlp_post_norm", after, mixed_BLD))
+            hidden_BLD = nn.cond(last, lambda _, hidden_BLD: hidden_BLD, after_attention, self, hidden_BLD)
         return constrain(hidden_BLD, s.mesh, ("batch", "length", None)), cache
 
 
 class Block(nn.Module):
-    """The layers of one repetition. Carries hidden, maps over the cache: the shape that nn.scan wants."""
+    """The layers of one repetition. Carries hidden, maps over the cache and over whether this repetition ends the model
+    before its last MLP (None: none does): the shape that nn.scan wants."""
 
     config: ModelConfig
     kinds: tuple[LayerKind, ...]
     settings: Settings
 
     @nn.compact
-    def __call__(self, hidden_BLD: jax.Array, caches: Any, context: Context) -> tuple[jax.Array, Any]:
+    def __call__(self, hidden_BLD: jax.Array, caches: Any, last: Any, context: Context) -> tuple[jax.Array, Any]:
         layer_class = remat(Layer, self.settings.remat, inside_scan=True)
         written = []
         for i, kind in enumerate(self.kinds):
             layer = layer_class(self.config, kind, self.settings, name=f"layer_{i}")
-            hidden_BLD, cache = layer(hidden_BLD, None if caches is None else caches[i], context)
+            ends = last if i + 1 == len(self.kinds) else None
+            hidden_BLD, cache = layer(hidden_BLD, None if caches is None else caches[i], context, ends)
             written.append(cache)
         return hidden_BLD, None if caches is None else tuple(written)
 
@@ -177,20 +187,19 @@ class Decoder(nn.Module):
         hidden_BLD = constrain(hidden_BLD, s.mesh, ("batch", "length", None))
         context = make_context(c, s, segments_BL, positions_BL, cache)
         period, repeats = layer_plan(c.kinds) if s.scan else (0, 0)
-        if not s.whole and period * repeats == c.num_layers:
-            repeats -= 1
+        last = jnp.arange(repeats) == repeats - 1 if not s.whole and period * repeats == c.num_layers else None
         blocks_cache: Any = ()
         if repeats:
             scanned = nn.scan(
                 Block,
                 variable_axes={"params": 0, ADAPTERS: 0, BALANCE: 0},
                 split_rngs={"params": True, "dropout": True},
-                in_axes=(0, nn.broadcast),
+                in_axes=(0, 0, nn.broadcast),
                 length=repeats,
                 check_constancy_invariants=False,  # nothing is broadcast out of the scan: saves tracing the block twice
             )
             blocks = scanned(c, c.kinds[:period], s, name="blocks")
-            hidden_BLD, blocks_cache = blocks(hidden_BLD, None if cache is None else cache["blocks"], context)
+            hidden_BLD, blocks_cache = blocks(hidden_BLD, None if cache is None else cache["blocks"], last, context)
         rest, rest_cache = c.kinds[period * repeats :], []
         for i, kind in enumerate(rest):
             half = "" if s.whole or i + 1 < len(rest) else "attention"

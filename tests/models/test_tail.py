@@ -13,11 +13,12 @@ import transformers
 
 from itune.models import LayerKind, Rope, load_pretrained
 from itune.models.architecture import Experts
+from itune.models.layers import ACTIVATIONS
 from itune.models.lora import Lora, abstract_adapters
-from itune.models.tail import CHUNK, Shortened, shortened
+from itune.models.tail import CHUNK, TOKENS, Shortened, shortened
 from itune.models.unrolled import unroll, unroll_params
 from itune.objectives import make_sft
-from itune.plan.count import count_flops
+from itune.objectives.sft import full_parameters
 from itune.sharding import make_mesh
 from itune.types import Batch
 
@@ -49,9 +50,9 @@ def make_batch(weight=0.3):
     return Batch(tokens, targets, weights.astype(np.float32), segments, positions)
 
 
-def values(model, trainable, frozen=None, **settings):
+def values(model, trainable, frozen=None, parameters=full_parameters):
     """Loss, correct predictions, gradients, and what evaluation gets."""
-    objective = make_sft(model, **settings)
+    objective = objective_of(model, parameters)
 
     def loss(trainable):
         total, _, metrics = objective(trainable, frozen, make_batch(), None)
@@ -62,20 +63,23 @@ def values(model, trainable, frozen=None, **settings):
     )
 
 
+def objective_of(model, parameters=full_parameters):
+    parameters = model.parameters(parameters) if isinstance(model, Shortened) else parameters
+    return make_sft(model, chunk=16, parameters=parameters)
+
+
 def assert_close(wanted, found, tolerance=2e-5):
     """As equal as sums in another order can be, beside the largest gradient."""
     scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(wanted[0][1]))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, atol=tolerance * scale, rtol=1e-5), wanted, found)
 
 
-@pytest.mark.parametrize("remat", ["none", "dots"])
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
 @pytest.mark.parametrize("case", CASES)
 def test_losses_and_gradients_are_those_of_the_whole_model(make_model, random_params, mesh, case, remat):
     model = make_model(mesh=mesh, remat=remat, **CASES[case])
-    short, chunk = shortened(model, 16)
-    assert isinstance(short, Shortened) and chunk == 16
     params = random_params(model)
-    wanted, found = values(model, params, chunk=16), values(short, params, chunk=chunk)
+    wanted, found = values(model, params), values(Shortened(model), params)
     assert_close(wanted, found)
     assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(found[0][1]))
 
@@ -84,7 +88,7 @@ def test_losses_and_gradients_are_those_of_the_whole_model(make_model, random_pa
 def test_layers_that_are_not_stacked(make_model, random_params, mesh, case):
     model = make_model(mesh=mesh, **CASES[case])
     params = unroll_params(model, random_params(model))
-    assert_close(values(unroll(model), params, chunk=16), values(Shortened(unroll(model)), params, chunk=16))
+    assert_close(values(unroll(model), params), values(Shortened(unroll(model)), params))
 
 
 @pytest.mark.parametrize("case", ["stacked", "two_kinds", "all_differ"])
@@ -94,8 +98,8 @@ def test_adapters_train_beside_a_frozen_base(make_model, mesh, case, targets):
     params, lora = model.init(jax.random.key(0)), Lora(rank=2, targets=targets)
     rng = np.random.default_rng(1)
     adapters = jax.tree.map(lambda x: rng.normal(0, 0.2, x.shape).astype(x.dtype), abstract_adapters(model, lora))
-    wanted = values(model, adapters, params, chunk=16, parameters=lora.parameters)
-    found = values(Shortened(model), adapters, params, chunk=16, parameters=lora.parameters)
+    wanted = values(model, adapters, params, lora.parameters)
+    found = values(Shortened(model), adapters, params, lora.parameters)
     assert_close(wanted, found, 3e-4)  # adapters of this size amplify roundings: unrolled layers differ as much
 
 
@@ -118,7 +122,7 @@ def test_loss_and_gradients_equal_transformers(judge, mesh):
     wanted.backward()
     errors = {}
     for each in (model, Shortened(model)):
-        objective = make_sft(each, chunk=16)
+        objective = objective_of(each)
         loss, gradients = jax.jit(jax.value_and_grad(lambda p, o=objective: o(p, {}, batch, None)[0]))(params)
         np.testing.assert_allclose(loss, wanted.detach(), rtol=1e-5)
         errors[each] = {name: np.abs(found - judged).max() for name, found, judged in in_pairs(gradients, theirs)}
@@ -143,24 +147,31 @@ def in_pairs(gradients, theirs):
     yield "final_norm", gradients["final_norm"]["scale"], theirs.model.norm.weight.grad.numpy()
 
 
-def test_products_of_the_last_mlp_are_those_of_the_turns_that_the_loss_takes(make_model, mesh):
-    """Three products forward and six backward, of one chunk in place of all tokens; the head's are in both."""
-    model = make_model(mesh=mesh)
-    products = {}
-    for name, each in (("whole", model), ("short", Shortened(model))):
-        objective = make_sft(each, chunk=16)
-        gradient = jax.grad(lambda p, o=objective: o(p, {}, make_batch(), None)[0])
-        jaxpr = jax.make_jaxpr(gradient)(model.abstract_params())
-        products[name] = count_flops(jaxpr, turns=1)["products"]
-    assert products["whole"] - products["short"] == 9 * 2 * 16 * 24 * (ROWS * LENGTH - 16)
+def test_the_last_mlp_is_computed_for_the_turns_that_the_loss_takes(make_model, random_params, mesh, monkeypatch):
+    model, calls = make_model(mesh=mesh), []
+
+    def counted(x):
+        jax.debug.callback(lambda _: calls.append(x.size // model.config.mlp_width), x.sum())
+        return jax.nn.silu(x)
+
+    monkeypatch.setitem(ACTIVATIONS, "silu", counted)
+    params, turns = random_params(model), -(-int((make_batch().loss_weights_BL > 0).sum()) // 16)
+    for each, wanted in ((model, [ROWS * LENGTH] * 3), (Shortened(model), [ROWS * LENGTH] * 2 + [16] * turns)):
+        objective = objective_of(each)
+        jax.block_until_ready(jax.jit(lambda p, o=objective: o(p, {}, make_batch(), None)[0])(params))
+        jax.effects_barrier()
+        assert calls == wanted
+        calls.clear()
 
 
 def test_it_is_for_one_cpu_in_float32_without_experts_or_dropout(make_model, mesh):
     model = make_model(mesh=mesh)
-    assert shortened(model, 1024) == (Shortened(model), CHUNK)
+    assert shortened(model, 1024, 3 * TOKENS) == (Shortened(model), CHUNK)
+    assert shortened(model, 16, 3 * TOKENS) == (Shortened(model), 16)
+    assert shortened(model, 1024, 3 * TOKENS - 1) == (model, 1024), "too few tokens for its layers"
     experts = (LayerKind(experts=Experts(4, 2, 16)),) * 3
     for other in (
         make_model(), make_model(mesh=make_mesh({"fsdp": 2}, jax.devices()[:2])), make_model(mesh=mesh, kinds=experts),
         make_model(mesh=mesh, dropout=0.1), dataclasses.replace(model, compute_dtype="bfloat16"),
     ):  # fmt: skip
-        assert shortened(other, 1024) == (other, 1024)
+        assert shortened(other, 1024, 4096) == (other, 1024)
