@@ -133,6 +133,7 @@ class Model:
         return both
 
     def decoder(self, whole: bool = True) -> Decoder:
+        """The flax module that reads `collections(params)`; not `whole`: up to the last layer's MLP (`tail.py`)."""
         settings = {name: getattr(self, name) for name in Settings._fields if name not in ("dtype", "whole")}
         return Decoder(self.config, Settings(dtype=self.compute_dtype, whole=whole, **settings))
 

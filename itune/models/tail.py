@@ -71,20 +71,16 @@ class Shortened:
     def _fork(self, params: Any) -> dict[str, Any]:
         """The parameters, the adapters among them, with the MLP of the last layer also by itself."""
         period, repeats = layer_plan(self.config.kinds) if self.model.scan else (0, 0)
-        layers = self.config.num_layers
-        if stacked := period * repeats == layers:
-            blocks, name = dict(params.get("blocks", {})), f"layer_{period - 1}"
-            layer = dict(blocks.get(name, {}))
+        unstacked = self.config.num_layers - period * repeats
+        if unstacked:
+            forked, mlp = dict(params), _without_attention(params.get(f"rest_{unstacked - 1}", {}))
         else:
-            layer = params.get(f"rest_{layers - period * repeats - 1}", {})
-        mlp = {name: leaf for name, leaf in layer.items() if name not in _ATTENTION}
-        forked = dict(params)
-        if stacked:
-            leaves, structure = jax.tree.flatten(mlp)
+            blocks, name = params.get("blocks", {}), f"layer_{period - 1}"
+            layer = blocks.get(name, {})
+            leaves, structure = jax.tree.flatten(_without_attention(layer))
             pairs = [_with_last(leaf) for leaf in leaves]
-            layer.update(jax.tree.unflatten(structure, [stack for stack, _ in pairs]))
-            forked["blocks"] = {**blocks, name: layer}
-            mlp = jax.tree.unflatten(structure, [last for _, last in pairs])
+            stack, mlp = (jax.tree.unflatten(structure, [pair[side] for pair in pairs]) for side in (0, 1))
+            forked = {**params, "blocks": {**blocks, name: {**layer, **stack}}}
         if ADAPTERS in params:
             forked[ADAPTERS] = self._fork(params[ADAPTERS])
             mlp = {**mlp, ADAPTERS: forked[ADAPTERS].pop(_LAST)}
@@ -101,6 +97,10 @@ def shortened(model: Model, chunk: int, tokens: int) -> tuple[Any, int]:
     can = can and not model.dropout and all(kind.experts is None for kind in model.config.kinds)
     gains = tokens >= TOKENS * model.config.num_layers
     return (Shortened(model), min(chunk, CHUNK)) if can and gains else (model, chunk)
+
+
+def _without_attention(layer: Any) -> dict[str, Any]:
+    return {name: leaf for name, leaf in layer.items() if name not in _ATTENTION}
 
 
 @jax.custom_vjp

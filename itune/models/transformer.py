@@ -175,7 +175,10 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Tokens -> hidden states after the final norm (and the KV cache with these tokens in it)."""
+    """Tokens -> hidden states after the final norm (and the KV cache with these tokens in it).
+
+    Where `settings.whole` is False: hidden states after the last attention, and no cache.
+    """
 
     config: ModelConfig
     settings: Settings
