@@ -31,16 +31,23 @@ HERE = Path(__file__).parent
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("rows", nargs="*", metavar="ROW", help=", ".join(names()))
-    parser.add_argument("--data", type=Path, default=HERE.parent.parent / "shared" / "data")
+    data, results = HERE.parent.parent / "shared" / "data", HERE / "results.json"
+    parser.add_argument("--data", type=Path, default=data, help="folder of the conversations")
     parser.add_argument("--repeats", type=int, default=0, help="rounds of each row; 0 is what the row says")
     parser.add_argument("--anyway", action="store_true", help="measure on a busy machine")
-    parser.add_argument("--results", type=Path, default=HERE / "results.json")
+    parser.add_argument("--results", type=Path, default=results, help="JSON file; RESULTS.md is written beside it")
     given = parser.parse_args()
     unknown = [row for row in given.rows if row not in names()]
     if unknown:
         parser.error(f"no row {', '.join(unknown)}; there are {', '.join(names())}")
+    try:
+        table.read(given.results)
+    except ValueError as error:  # before minutes of measuring, not after
+        parser.error(f"--results: {error}")
     load_now = machine.load()
     if load_now > machine.IDLE and not given.anyway:
         print(f"the machine is busy: load {load_now:.2f}, expected at most {machine.IDLE}; wait, or give --anyway")

@@ -20,9 +20,24 @@ a row stands once for each that it was measured on: a run replaces the lines of 
 """
 
 
+def read(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """What results.json holds, nothing where there is none yet. ValueError for a file that is something else."""
+    if path.suffix != ".json":
+        raise ValueError(f"{path}: expected a name that ends in .json (RESULTS.md is written beside it)")
+    if not path.parent.is_dir():
+        raise ValueError(f"{path}: no folder {path.parent}")
+    try:
+        results: Any = json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
+    if not isinstance(results, dict):
+        raise ValueError(f"{path}: found a JSON {type(results).__name__}, expected an object of rows")
+    return results
+
+
 def record(path: Path, name: str, result: dict[str, Any]) -> None:
     """Replace the row of this processor in results.json, whole or not at all, and write RESULTS.md beside it anew."""
-    results = json.loads(path.read_text()) if path.is_file() else {}
+    results = read(path)
     others = [each for each in results.get(name, []) if processor(each) != processor(result)]
     results[name] = sorted([*others, result], key=processor)
     results = {key: results[key] for key in names() if key in results}

@@ -51,6 +51,26 @@ def fake(monkeypatch, tmp_path):
     return answers, call, tmp_path
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("RESULTS.md", "# Results", "ends in .json"),
+        ("results.json", "# Results", "not JSON"),
+        ("results.json", "[]", "found a JSON list"),
+        ("none/results.json", None, "no folder"),
+    ],
+)
+def test_results_that_cannot_be_written_are_refused_before_measuring(fake, monkeypatch, capsys, name, text, said):
+    path = fake[2] / name
+    if text is not None:
+        path.write_text(text)
+    monkeypatch.setattr("sys.argv", ["run", "one", "--results", str(path)])
+    with pytest.raises(SystemExit) as stopped:  # `answers` is empty: measuring would fail in another way
+        run.main()
+    assert stopped.value.code == 2 and said in capsys.readouterr().err
+    assert text is None or path.read_text() == text
+
+
 def measured(speed, loss=1.0):
     return {"speed": speed, "cpu_speed": speed / 2, "loss": loss, "digest": "x"}
 
