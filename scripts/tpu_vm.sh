@@ -51,6 +51,7 @@ while [ $# -gt 0 ]; do
     --spot) spot=yes; shift ;;
     --watch) watch=yes; shift ;;
     --dry-run) dry=yes; shift ;;
+    -h|--help) usage; exit 0 ;;
     --) shift; command=("$@"); break ;;
     --name|--zone|--type|--project|--version|--slices|--bucket|--revision|--worker|--from|--to|--poll|--tries)
       [ $# -ge 2 ] || die "$1 needs a value"

@@ -87,7 +87,7 @@ def lines(report: Report) -> Iterator[str]:
     if report.limit:
         verdict = f"fits, {report.left / GIB:.2f} to spare" if report.fits else f"too large by {-report.left / GIB:.2f}"
         yield f"  {'chip':<14}{report.limit / GIB:9.2f}   {verdict}"
-    yield "bytes that one device receives a step, GB"
+    yield "bytes that one device receives a step, GB" + ("" if report.traffic else ": none, it is alone")
     for purpose, size in sorted(report.traffic.items(), key=lambda item: -item[1]):
         yield f"  {purpose:<28}{size / 1e9:9.2f}"
     waste = t.hardware_flops / t.model_flops

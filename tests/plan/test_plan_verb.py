@@ -214,6 +214,12 @@ def test_short_steps_and_cheap_runs_are_no_zeros(base_folder, capsys):
     assert found == ["0", "4.1 ms", "0.75 s", "12.5 minutes", "3.20 hours"]
 
 
+def test_one_device_receives_nothing_and_that_is_said(base_folder, capsys):
+    assert main(["plan", "--config", "sft", f"--config.model.path={base_folder}", "--topology", "gpu:h200:1",
+                 "--formula", "--config.train.max_steps=3"]) == 0  # fmt: skip
+    assert "bytes that one device receives a step, GB: none" in capsys.readouterr().out
+
+
 def test_a_machine_of_unknown_speed_is_one_message(base_folder, capsys):
     """A CPU: without --topology there is nothing to estimate for."""
     assert main(["plan", "--config", "sft", f"--config.model.path={base_folder}", "--config.train.max_steps=3"]) == 2

@@ -174,6 +174,12 @@ def test_a_dry_run_prints_and_does_nothing(stand_in, verb):
     assert done.stdout.startswith("+ ") and stand_in.calls() == []
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["create", "--help"], ["run", "-h"]])
+def test_help_comes_with_and_without_a_verb(stand_in, arguments):
+    done = stand_in(*arguments)
+    assert done.returncode == 0 and "--dry-run" in done.stdout and stand_in.calls() == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
