@@ -11,7 +11,9 @@ from collections.abc import Hashable, Sequence
 from statistics import NormalDist
 
 import numpy as np
+from numpy.typing import NDArray
 
+Floats = NDArray[np.float64]
 Z95 = 1.959963984540054
 
 
@@ -107,23 +109,23 @@ def paired_error(n: int, discordance: float = 0.3) -> float:
     return math.sqrt(discordance / n)
 
 
-def _by_cluster(values: np.ndarray, clusters: Sequence[Hashable]) -> tuple[np.ndarray, np.ndarray]:
+def _by_cluster(values: Floats, clusters: Sequence[Hashable]) -> tuple[Floats, Floats]:
     """Sum of the values and number of items of each cluster."""
     if len(values) == 0 or len(values) != len(clusters):
         raise ValueError(f"{len(values)} scores with {len(clusters)} clusters; expected as many, and at least one")
     index: dict[Hashable, int] = {}
     cluster_of_item = np.array([index.setdefault(cluster, len(index)) for cluster in clusters])
-    counts = np.bincount(cluster_of_item).astype(np.float64)
-    return np.bincount(cluster_of_item, weights=values), counts
+    counts, sums = np.bincount(cluster_of_item), np.bincount(cluster_of_item, weights=values)
+    return sums.astype(np.float64), counts.astype(np.float64)
 
 def _clustered(
-    values: np.ndarray, clusters: Sequence[Hashable], floor: float, ceiling: float, seed: int, resamples: int
+    values: Floats, clusters: Sequence[Hashable], floor: float, ceiling: float, seed: int, resamples: int
 ) -> tuple[float, float, float]:
     return _bootstrap(*_by_cluster(values, clusters), floor, ceiling, seed, resamples)
 
 
 def _bootstrap(
-    sums: np.ndarray, counts: np.ndarray, floor: float, ceiling: float, seed: int, resamples: int
+    sums: Floats, counts: Floats, floor: float, ceiling: float, seed: int, resamples: int
 ) -> tuple[float, float, float]:
     """Percentile bootstrap over clusters, its tails widened for few clusters (Hesterberg 2015, section 4.2).
 

@@ -16,7 +16,7 @@ def is_finite(values: np.ndarray) -> bool:
     signed, unsigned = (np.int16, np.uint16) if values.dtype.itemsize == 2 else (np.int32, np.uint32)
     infinity = _INFINITY[values.dtype]
     negative = infinity | 1 << (8 * values.dtype.itemsize - 1)
-    return values.size == 0 or bool(values.view(signed).max() < infinity and values.view(unsigned).max() < negative)
+    return values.size == 0 or bool(np.max(values.view(signed)) < infinity and np.max(values.view(unsigned)) < negative)
 
 
 def convert(source: np.ndarray, out: np.ndarray, finite: bool = False) -> None:
