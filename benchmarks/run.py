@@ -3,7 +3,7 @@
 
     python -m benchmarks.run [ROW...] [--data FOLDER] [--repeats N] [--anyway]
 
-Without rows all of them: 50 minutes on two cores. `--data`: folder with p3_sample.jsonl.gz and
+Without rows all of them: 35 to 50 minutes on two cores. `--data`: folder with p3_sample.jsonl.gz and
 gsm8k_messages.jsonl.gz. Numbers that must agree (losses, ids) are compared first; a row that fails is recorded as
 failed and the others go on. Rerunning a row replaces its lines for this model of processor only. Refuses a busy
 machine; `--anyway` measures all the same, says so in the table, and judges by CPU-seconds where a row has them. Exit
