@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from benchmarks.row import names
+from itune.writers import write_atomically
 
 HEAD = """# Results
 
@@ -41,10 +41,8 @@ def record(path: Path, name: str, result: dict[str, Any]) -> None:
     others = [each for each in results.get(name, []) if processor(each) != processor(result)]
     results[name] = sorted([*others, result], key=processor)
     results = {key: results[key] for key in names() if key in results}
-    for target, text in ((path, json.dumps(results, indent=1) + "\n"), (path.with_name("RESULTS.md"), page(results))):
-        temporary = target.with_suffix(".tmp")
-        temporary.write_text(text)
-        os.replace(temporary, target)
+    write_atomically(path, json.dumps(results, indent=1) + "\n")
+    write_atomically(path.with_name("RESULTS.md"), page(results))
 
 
 def processor(result: dict[str, Any]) -> str:

@@ -118,6 +118,7 @@ def _by_cluster(values: Floats, clusters: Sequence[Hashable]) -> tuple[Floats, F
     counts, sums = np.bincount(cluster_of_item), np.bincount(cluster_of_item, weights=values)
     return sums.astype(np.float64), counts.astype(np.float64)
 
+
 def _clustered(
     values: Floats, clusters: Sequence[Hashable], floor: float, ceiling: float, seed: int, resamples: int
 ) -> tuple[float, float, float]:
