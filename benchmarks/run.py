@@ -26,6 +26,7 @@ from typing import Any
 
 from benchmarks import machine, table
 from benchmarks.row import THREADS, Row, load, names
+from itune.runtime import huge_pages
 
 HERE = Path(__file__).parent
 
@@ -111,6 +112,8 @@ class Failure(Exception):
 def side_of(name: str, side: str, folder: Path, environment: dict[str, str], timeout: int) -> dict[str, Any]:
     """The measures that one side printed, run in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.row", name, side, str(folder)]
+    if side == "itune":
+        environment = {**environment, **huge_pages.settings(environment)}  # as the command gives itself
     try:
         done = subprocess.run(
             command, env=environment, cwd=HERE.parent, capture_output=True, text=True, timeout=timeout

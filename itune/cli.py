@@ -213,6 +213,3 @@ VERBS = {
     "chat": _chat, "report": _report, "data": _data, "checkpoints": _checkpoints,
     "verify": _verify,
 }
-
-if __name__ == "__main__":
-    sys.exit(main())

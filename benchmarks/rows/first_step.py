@@ -54,7 +54,7 @@ def until_first_step(command: list[str], folder: Path, cold: bool) -> dict[str, 
 
 def itune(folder: Path) -> dict[str, Any]:
     command = [
-        sys.executable, "-m", "itune.cli", "train", "--config", "default", "--workdir", str(folder / "run"),
+        sys.executable, "-m", "itune", "train", "--config", "default", "--workdir", str(folder / "run"),
         f"--config.model.path={folder / 'model'}", f"--config.data.train={folder / 'rows.jsonl'}",
         "--config.evaluators=()", "--config.data.max_length=512", "--config.train.max_steps=1",
         "--config.train.batch_size=4", "--config.log.tensorboard=False", "--config.checkpoint.every=0",
