@@ -31,12 +31,17 @@ def restart_with_huge_pages() -> None:
     To be called before anything else is imported: what was done so far is done again (20 ms).
     """
     wanted = settings()
-    traced = sys.gettrace() is not None  # a debugger, which would lose its process
-    if wanted and not traced and sys.executable:
+    if wanted and not _debugged() and sys.executable:
         try:
             os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **wanted})
         except OSError:  # goes on without
             return
+
+
+def _debugged() -> bool:
+    """Whether a debugger follows this process, which would lose it."""
+    monitoring = getattr(sys, "monitoring", None)  # Python 3.12 and newer
+    return sys.gettrace() is not None or bool(monitoring and monitoring.get_tool(monitoring.DEBUGGER_ID))
 
 
 def _glibc() -> tuple[int, ...]:
