@@ -25,10 +25,12 @@ RULES: dict[str, tuple[str, ...]] = {
     "head_dim": (),
     "mlp": ("tensor",),
     "expert": ("expert",),
+    "experts": ("expert", "fsdp"),  # where there are enough of them: see expert_axes
     "vocab": ("tensor",),
     "layers": (),
     "norm": (),
     "rank": (),
+    "whole": (),
 }
 
 
@@ -133,6 +135,17 @@ def is_one_cpu(mesh: Mesh) -> bool:
 def rows_divisor(mesh: Mesh) -> int:
     """The number that a batch's rows must be divisible by."""
     return math.prod(mesh.shape[axis] for axis in RULES["batch"])
+
+
+def expert_axes(mesh: Mesh | None, count: int, axes: Sequence[str]) -> tuple[str, ...]:
+    """Logical axes of a stack over `count` experts, of the `axes` that one expert's array has.
+
+    fsdp divides the experts, not their sides, where it can: a device gathers whole kernels, adapters without a side
+    over fsdp are divided too, and no side of a shard is narrower than what a chip pads it to.
+    """
+    if mesh is None or mesh.shape["fsdp"] == 1 or count % axis_size(mesh, "experts"):
+        return ("expert", *axes)
+    return ("experts", *("whole" if RULES[name] == ("fsdp",) else name for name in axes))
 
 
 def constrain(x: jax.Array, mesh: Mesh | None, logical: Sequence[str | None]) -> jax.Array:

@@ -96,10 +96,10 @@ def _product(x: jax.Array, kernel_OI: jax.Array, dtype: str, out_dtype: str) -> 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _linear(dtypes: _Dtypes, x: jax.Array, kernel_OI: jax.Array) -> jax.Array:
-    return _product(x, _rounded_here(kernel_OI, dtypes.compute), dtypes.compute, dtypes.out)
+    return _product(x, rounded_here(kernel_OI, dtypes.compute), dtypes.compute, dtypes.out)
 
 
-def _rounded_here(kernel_OI: jax.Array, dtype: str) -> jax.Array:
+def rounded_here(kernel_OI: jax.Array, dtype: str) -> jax.Array:
     """The kernel rounded to bfloat16's precision, still float32; the cast that follows changes nothing.
 
     Given a bare cast XLA rounds the kernels of all layers before a scan over them: on a TPU a second copy of the
@@ -125,7 +125,7 @@ def _backward(dtypes: _Dtypes, kept: Any, cotangent: Any) -> tuple[jax.Array | N
     dx = dkernel_OI = None
     if kernel_OI is not None:
         dx = jax.lax.dot_general(
-            cotangent, _rounded_here(kernel_OI, dtypes.compute).astype(dtypes.compute),
+            cotangent, rounded_here(kernel_OI, dtypes.compute).astype(dtypes.compute),
             (((cotangent.ndim - 1,), (0,)), ((), ())), precision=precision(dtypes.compute),
             preferred_element_type=dtypes.x,
         )  # fmt: skip

@@ -12,10 +12,10 @@ from jax.sharding import Mesh
 
 from itune.models.architecture import ModelConfig
 from itune.models.attention.cache import init_cache
+from itune.models.balance import BALANCE, balance_loss
 from itune.models.layers import ADAPTERS, AXES, linear, softcap
-from itune.models.moe import BALANCE, balance_loss
 from itune.models.transformer import Decoder, Settings
-from itune.sharding import check_divisible, tree_shardings
+from itune.sharding import check_divisible, expert_axes, tree_shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Model:
 
     def logical_axes(self) -> Any:
         """The same tree with a tuple of logical axis names a leaf."""
-        return jax.tree_util.tree_map_with_path(_axes, self.abstract_params())
+        return jax.tree_util.tree_map_with_path(functools.partial(_axes, self.mesh), self.abstract_params())
 
     def shardings(self) -> Any:
         """The same tree with the sharding of each parameter on the mesh; None without a mesh.
@@ -159,11 +159,12 @@ def _abstract_params(model: Model) -> Any:
     return jax.eval_shape(model._init, jax.eval_shape(lambda: jax.random.key(0)))
 
 
-def _axes(path: tuple, leaf: jax.ShapeDtypeStruct) -> tuple[str, ...]:
+def _axes(mesh: Mesh | None, path: tuple, leaf: jax.ShapeDtypeStruct) -> tuple[str, ...]:
     names = [entry.key for entry in path]
     axes = AXES[names[-2], names[-1]]
-    axes = ("expert", *axes) if "experts" in names else axes
-    return ("layers", *axes) if names[0] == "blocks" else axes
+    stacked = names[0] == "blocks"
+    axes = expert_axes(mesh, leaf.shape[int(stacked)], axes) if "experts" in names else axes
+    return ("layers", *axes) if stacked else axes
 
 
 def collections(params: Any) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Mixture of experts: every token reaches all the experts it chose (no capacity, nothing dropped).
 
-Tokens are sorted by expert, and each expert multiplies its own run of rows (a ragged product, as in Megablocks,
-arXiv 2211.15841). On a mesh the expert axis holds disjoint experts: a device computes those of its rows that chose
-its experts, and the sums of the devices are added.
+Tokens are sorted by expert, and each expert multiplies its own run of rows (`ragged.py`). On a mesh the expert axis
+holds disjoint experts: a device computes those of its rows that chose its experts, and the sums of the devices are
+added.
 """
 
 from __future__ import annotations
@@ -16,17 +16,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from itune.models.architecture import Experts, ModelConfig
+from itune.models.balance import BALANCE, balance_sums
 from itune.models.entrywise import gated
-from itune.models.layers import ACTIVATIONS, ADAPTERS, linear, precision
+from itune.models.layers import ACTIVATIONS, ADAPTERS, AXES, linear
+from itune.models.ragged import ragged_linear, whole
 from itune.models.remat import keep
-from itune.sharding import axis_size, rows_divisor, spec
-
-BY_EXPERT = jax.lax.RaggedDotDimensionNumbers(
-    dot_dimension_numbers=(((1,), (2,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
-)
-
-
-BALANCE = "balance"  # the collection in which layers leave the sums of `balance_loss`, when somebody asks for it
+from itune.sharding import RULES, axis_size, expert_axes, rows_divisor, spec
 
 
 class Stack(nn.Module):
@@ -84,7 +79,6 @@ class MoE(nn.Module):
         if self.is_mutable_collection(BALANCE):
             self.sow(BALANCE, "sums", balance_sums(logits_BLE, chosen_BLC, segments_BL), reduce_fn=lambda _, sums: sums)
         stacks = Stacks(self.config, e, self.param_dtype, name="experts")()
-        stacks = jax.tree.map(lambda leaf: leaf.astype(self.dtype), stacks)
         run = functools.partial(mix, e, ACTIVATIONS[self.config.activation])
         if self.mesh is None or self.mesh.size == 1:
             return run((), x_BLD, chosen_BLC, weights_BLC, stacks).astype(self.dtype)
@@ -99,12 +93,11 @@ class MoE(nn.Module):
                 )
             )
         )
-        kernels = {name: ("embed", "mlp") if name == "down_proj" else ("mlp", "embed") for name in stacks}
-        specs = {
-            name: {part: _spec(kernels[name], part) for part in stack} for name, stack in stacks.items()
-        }
+        axes = {name: {part: _axes(self.mesh, e, name, part) for part in stack} for name, stack in stacks.items()}
+        specs = {name: {part: spec(names) for part, names in stack.items()} for name, stack in axes.items()}
+        cuts = {name: {part: _cut(names) for part, names in stack.items()} for name, stack in axes.items()}
         inner = jax.shard_map(
-            functools.partial(run, ("expert", "tensor")),
+            functools.partial(run, ("expert", "tensor"), cuts=cuts),
             mesh=self.mesh,
             in_specs=(rows, rows, rows, specs),
             out_specs=rows,
@@ -142,35 +135,6 @@ def route(e: Experts, logits_BLE: jax.Array) -> tuple[jax.Array, jax.Array]:
     return chosen_BLC, weights_BLC
 
 
-def balance_sums(logits_BLE: jax.Array, chosen_BLC: jax.Array, segments_BL: jax.Array) -> dict[str, jax.Array]:
-    """Sums over the tokens of one layer, padding left out: how often each expert was chosen (E,), router probabilities
-    (E,) and tokens (), all float32."""
-    on_BL1 = (segments_BL > 0).astype(jnp.float32)[..., None]
-    # one slot of the choice at a time: (B, L, C, E) at once would be larger than the hidden states
-    chosen_E = sum(
-        jnp.sum(on_BL1 * jax.nn.one_hot(chosen_BLC[..., slot], logits_BLE.shape[-1]), (0, 1))
-        for slot in range(chosen_BLC.shape[-1])
-    )
-    probabilities_E = jnp.sum(on_BL1 * jax.nn.softmax(logits_BLE, axis=-1), (0, 1))
-    return {"chosen": jnp.asarray(chosen_E), "probabilities": probabilities_E, "tokens": jnp.sum(on_BL1)}
-
-
-def balance_loss(collected: Any) -> jax.Array:
-    """The auxiliary loss that evens out the load of experts: E * sum over experts of share chosen * mean probability.
-
-    Both are means over the tokens of all layers together (Switch Transformer, arXiv 2101.03961, equations 4 to 6, and
-    transformers' `load_balancing_loss_func`). `collected`: the sums that the layers left in `BALANCE`, stacked or not.
-    """
-    totals: dict[str, Any] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(collected):
-        name = path[-1].key
-        last = 0 if name == "tokens" else 1
-        totals[name] = totals.get(name, 0) + jnp.sum(leaf, tuple(range(leaf.ndim - last)))
-    tokens = jnp.maximum(totals["tokens"], 1)
-    experts = totals["chosen"].shape[0]
-    return experts * jnp.sum((totals["chosen"] / tokens) * (totals["probabilities"] / tokens))
-
-
 def mix(
     e: Experts,
     activation: Any,
@@ -179,14 +143,15 @@ def mix(
     chosen_BLC: jax.Array,
     weights_BLC: jax.Array,
     stacks: dict[str, dict[str, jax.Array]],
+    cuts: dict[str, dict[str, int | None]] | None = None,
 ) -> jax.Array:
-    """What the experts add, float32 (B, L, D).
+    """What the experts add, float32 (B, L, D), computed in x's dtype.
 
     With `axes`, ("expert", "tensor") inside a shard_map, `stacks` are this device's experts and its part of their
-    width.
+    width, of which fsdp divides the dimensions `cuts` further.
     """
     x_TD, chosen_S, weights_S = x_BLD.reshape(-1, x_BLD.shape[-1]), chosen_BLC.reshape(-1), weights_BLC.reshape(-1)
-    count = stacks["gate_proj"]["kernel"].shape[0]
+    count = e.count // jax.lax.axis_size("expert") if axes else e.count
     first = jax.lax.axis_index("expert") * count if axes else 0
     own_S = jnp.where((chosen_S >= first) & (chosen_S < first + count), chosen_S - first, count)
     order_S = jnp.argsort(own_S)  # a token stands here once for each expert it chose; those of other devices come last
@@ -194,19 +159,18 @@ def mix(
     sizes_E = jnp.bincount(own_S, length=count + 1)[:count].astype(jnp.int32)
     mine_S1 = (expert_S < count)[:, None]
 
-    def ragged(rows: jax.Array, kernels: jax.Array) -> jax.Array:
-        return jax.lax.ragged_dot_general(
-            rows, kernels, sizes_E, BY_EXPERT, precision=precision(rows.dtype), preferred_element_type=rows.dtype
-        )
+    def project(name: str, rows: jax.Array, complete: bool = True) -> jax.Array:
+        stack, cut = stacks[name], cuts[name] if cuts else dict.fromkeys(stacks[name])
 
-    def project(name: str, rows: jax.Array, whole: bool = True) -> jax.Array:
-        stack = stacks[name]
-        y = ragged(rows, stack["kernel"])
+        def ragged(rows: jax.Array, part: str) -> jax.Array:
+            return ragged_linear(rows, stack[part], sizes_E, x_BLD.dtype, cut[part])
+
+        y = ragged(rows, "kernel")
         if "a" in stack:  # linear: where `rows` is a part of the width, so is this product, and the psum adds up both
-            y = y + ragged(keep(ragged(rows, stack["a"])), stack["b"])
+            y = y + ragged(keep(ragged(rows, "a")), "b")
         if "bias" in stack:
-            bias = stack["bias"][jnp.minimum(expert_S, count - 1)]
-            y = y + (bias if whole else jnp.where(jax.lax.axis_index("tensor") == 0, bias, 0))
+            bias = whole(cut["bias"], stack["bias"])[jnp.minimum(expert_S, count - 1)].astype(y.dtype)
+            y = y + (bias if complete else jnp.where(jax.lax.axis_index("tensor") == 0, bias, 0))
         return keep(jnp.where(mine_S1, y, 0))
 
     rows_SD = x_TD[order_S // e.chosen]
@@ -217,13 +181,19 @@ def mix(
         alpha, limit = e.clamp
         gate_SF, up_SF = jnp.minimum(gate_SF, limit), jnp.clip(up_SF, -limit, limit)
         gated_SF = gate_SF * jax.nn.sigmoid(alpha * gate_SF) * (up_SF + 1)
-    out_SD = project("down_proj", gated_SF, whole=not axes).astype(jnp.float32) * weights_S[order_S][:, None]
+    out_SD = project("down_proj", gated_SF, complete=not axes).astype(jnp.float32) * weights_S[order_S][:, None]
     out_TD = jnp.zeros(x_TD.shape, jnp.float32).at[order_S // e.chosen].add(out_SD)
     return (jax.lax.psum(out_TD, axes) if axes else out_TD).reshape(x_BLD.shape)
 
 
-def _spec(names: tuple[str, str], part: str) -> PartitionSpec:
-    """Experts over their axis and width over tensor; the model's width is whole on every device that computes."""
-    out, into = ("tensor" if name == "mlp" else None for name in names)
-    inner = {"kernel": (out, into), "bias": (out,), "a": (None, into), "b": (out, None)}[part]
-    return PartitionSpec("expert", *inner)
+def _axes(mesh: Mesh, e: Experts, name: str, part: str) -> tuple[str, ...]:
+    """Logical axes of what `Stack` gives, as `Model.logical_axes` and `lora.adapter_axes` lay them out."""
+    if part == "bias":
+        return expert_axes(mesh, e.count, AXES[name, part])
+    out, into = AXES[name, "kernel"]
+    return expert_axes(mesh, e.count, {"kernel": (out, into), "a": ("rank", into), "b": (out, "rank")}[part])
+
+
+def _cut(names: tuple[str, ...]) -> int | None:
+    """The dimension that fsdp divides."""
+    return next((place for place, name in enumerate(names) if "fsdp" in RULES[name]), None)

@@ -12,9 +12,10 @@ from jax.sharding import Mesh
 from itune.models.architecture import LayerKind, ModelConfig, Rope, layer_plan
 from itune.models.attention import attention
 from itune.models.attention.cache import read, write
+from itune.models.balance import BALANCE
 from itune.models.layers import ADAPTERS, MLP, Dense, RMSNorm, rope_tables, rotate
 from itune.models.lookup import lookup
-from itune.models.moe import BALANCE, MoE
+from itune.models.moe import MoE
 from itune.models.remat import remat
 from itune.sharding import constrain
 from itune.types import InputError

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -96,17 +95,16 @@ def _elements(leaf: Any) -> int:
 
 
 def layer_elements(model: Any, tensor: int = 1, expert: int = 1) -> tuple[int, int]:
-    """Entries of the kernels of one average layer where fsdp has gathered them, and the most that is gathered at once.
+    """Entries of the kernels of one average layer where fsdp has gathered them, and of the largest.
 
-    A layer's experts are gathered together: they are computed in one `shard_map`.
+    The experts' kernels of one projection are one.
     """
-    whole, together = 0.0, collections.Counter[tuple[str, ...]]()
+    whole = largest = 0.0
     for path, leaf in jax.tree_util.tree_leaves_with_path(model.abstract_params()):
-        names = tuple(entry.key for entry in path)
+        names = [entry.key for entry in path]
         if names[0] in ("embed", "lm_head", "final_norm"):
             continue
-        experts = names.index("experts") + 1 if "experts" in names else 0
-        elements = math.prod(leaf.shape) // tensor // (expert if experts else 1)
+        elements = math.prod(leaf.shape) / tensor / (expert if "experts" in names else 1)
         whole += elements
-        together[names[:experts] or names] += elements // (leaf.shape[0] if names[0] == "blocks" else 1)
-    return int(whole / model.config.num_layers), max(together.values())
+        largest = max(largest, elements / (leaf.shape[0] if names[0] == "blocks" else 1))
+    return int(whole / model.config.num_layers), int(largest)

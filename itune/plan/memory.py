@@ -53,7 +53,7 @@ def kept_per_token(layout: Layout, remat: str) -> float:
     mlp, heads = _mlp_width(layout), m.num_heads * m.head_dim / t
     projected = (m.num_heads + 2 * m.num_kv_heads) * m.head_dim / t
     statistics = 4 * m.num_heads / t  # of attention's softmax
-    routed = m.width * sum(kind.experts.chosen for kind in m.kinds if kind.experts) / len(m.kinds)
+    routed = _routed_width(layout)
     # a norm keeps what it reads: after the MLP, what the MLP gave
     read = {"pre": (2, 4), "post": (3, 4), "both": (3, 6)}[m.norm_placement]
     if remat == "dots":  # layer input, what every product gives, and attention
@@ -73,7 +73,8 @@ def layer_bytes(layout: Layout) -> int:
     gathered = layout.width_bytes * largest * 3 if layout.sizes["fsdp"] > 1 else layout.width_bytes * largest
     gradient = 0 if layout.config.lora.rank else 4 * largest
     widths = 8 * m.width + 5 * _mlp_width(layout) + 4 * m.num_heads * m.head_dim / t
-    return int(gathered + gradient + layout.width_bytes * layout.tokens * widths)
+    routed = (4 + 2 * layout.width_bytes) * _routed_width(layout)  # what goes to the experts, and comes back in float32
+    return int(gathered + gradient + layout.tokens * (layout.width_bytes * widths + routed))
 
 
 def head_bytes(layout: Layout) -> int:
@@ -98,3 +99,9 @@ def _mlp_width(layout: Layout) -> float:
     m, t = layout.model.config, layout.sizes["tensor"]
     widths = [m.mlp_width if kind.experts is None else kind.experts.chosen * kind.experts.width for kind in m.kinds]
     return sum(widths) / len(widths) / t
+
+
+def _routed_width(layout: Layout) -> float:
+    """The model's width once for each expert that a token chose, of an average layer."""
+    m = layout.model.config
+    return m.width * sum(kind.experts.chosen for kind in m.kinds if kind.experts) / len(m.kinds)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,10 +11,13 @@ import pytest
 
 from itune.models import LayerKind
 from itune.models.architecture import Experts
+from itune.models.lora import Lora, abstract_adapters, adapter_shardings
 from itune.models.moe import mix, route
+from itune.plan.count import bodies
 from itune.sharding import batch_sharding, make_mesh
 
-MESHES = [{"expert": 4, "fsdp": 2}, {"expert": 2, "tensor": 2, "data": 2}]
+# of four experts: fsdp divides their kernels' sides, nothing, and the experts themselves
+MESHES = [{"expert": 4, "fsdp": 2}, {"expert": 2, "tensor": 2, "data": 2}, {"expert": 2, "tensor": 2, "fsdp": 2}]
 BIASED = Experts(4, 2, 12, softmax_chosen=True, biases=True, clamp=(1.7, 0.8))
 
 
@@ -82,6 +87,46 @@ def test_experts_are_sharded(make_model):
     axes = model.logical_axes()["blocks"]["layer_0"]["mlp"]["experts"]
     assert axes["up_proj"]["kernel"] == ("layers", "expert", "mlp", "embed")
     assert axes["down_proj"]["kernel"] == ("layers", "expert", "embed", "mlp")
+
+
+def test_fsdp_divides_the_experts_themselves_where_there_are_enough(make_model):
+    """Then a device gathers whole kernels, and an adapter without a side over fsdp is divided as well."""
+    kinds = (LayerKind(experts=Experts(8, 2, 12)),)
+    model = make_model(mesh=make_mesh({"expert": 2, "fsdp": 4}), kinds=kinds, num_layers=1)
+    axes = model.logical_axes()["blocks"]["layer_0"]["mlp"]["experts"]
+    assert axes["up_proj"]["kernel"] == ("layers", "experts", "mlp", "whole")
+    adapters = abstract_adapters(model, Lora(2))
+    for leaf, place in zip(jax.tree.leaves(adapters), jax.tree.leaves(adapter_shardings(model, Lora(2))), strict=True):
+        if leaf.ndim == 4:  # layers, experts, and two sides
+            assert place.shard_shape(leaf.shape) == (1, 1, *leaf.shape[2:])
+
+
+def sums_over_devices(jaxpr):
+    """(dtype, shape) of all that the devices of a mesh add up, inside shard_maps."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name.startswith(("psum", "reduce_scatter")):
+            yield from ((v.aval.dtype.name, v.aval.shape) for v in equation.invars)
+        for inner in bodies(equation):
+            yield from sums_over_devices(inner)
+
+
+@pytest.mark.parametrize("count", [2, 8])
+def test_devices_add_up_gradients_of_experts_in_float32(make_model, count):
+    """Contract 3. In bfloat16, in which the products are computed, every addition would round. Whether fsdp divides
+    the experts (of 8) or their kernels' sides (of 2)."""
+    kinds = (LayerKind(experts=Experts(count, 2, 12, biases=True)),)
+    mesh = make_mesh({"data": 2, "fsdp": 4})
+    model = make_model(mesh=mesh, kinds=kinds, num_layers=1, remat="full")
+    model = dataclasses.replace(model, compute_dtype="bfloat16")
+
+    def loss(params, tokens_BL):
+        return (model.hidden(params, tokens_BL).astype(jnp.float32) ** 2).mean()
+
+    traced = jax.jit(jax.grad(loss)).trace(model.abstract_params(), jax.ShapeDtypeStruct((8, 9), jnp.int32))
+    found = [(dtype, shape) for dtype, shape in sums_over_devices(traced.jaxpr.jaxpr) if shape[-1:] == (12,) or
+             shape[-2:-1] == (12,)]  # fmt: skip
+    assert len(found) >= 5, "of three kernels and two biases"
+    assert {dtype for dtype, _ in found} == {"float32"}
 
 
 def test_dots_keeps_the_products_of_experts_and_changes_no_gradient(make_model, random_params):
