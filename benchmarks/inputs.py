@@ -15,7 +15,9 @@ SIZES = {  # width, MLP width, layers, heads, vocabulary; tied embeddings
     "40m": (512, 1408, 8, 8, 32_000),
     "15m": (384, 1152, 6, 6, 8192),
     "2m": (128, 384, 2, 4, 8192),
+    "32 experts": (384, 0, 6, 6, 8192),
 }
+EXPERTS = {"32 experts": (32, 4, 192)}  # how many a layer, how many a token chooses, their width
 MARKERS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|pad|>")
 
 
@@ -98,16 +100,18 @@ def make_tokenizer(folder: Path, vocab: int) -> None:
 
 
 def make_model(folder: Path, size: str, layers: int = 0) -> None:
-    """A Llama folder with random float32 weights of the usual scale."""
+    """A Llama folder with random float32 weights of the usual scale; with experts a Qwen3-MoE folder."""
     import jax
 
     from itune.models import LayerKind, Model, ModelConfig, save_pretrained
+    from itune.models.architecture import Experts
 
     width, mlp, depth, heads, vocab = SIZES[size]
-    depth = layers or depth
-    config = ModelConfig(vocab, width, depth, heads, heads, width // heads, mlp, (LayerKind(),) * depth,
-                         max_length=2048, tie_embeddings=True)  # fmt: skip
-    model = Model(config, "llama")
+    depth, experts = layers or depth, EXPERTS.get(size)
+    kind = LayerKind(experts=Experts(*experts) if experts else None)
+    config = ModelConfig(vocab, width, depth, heads, heads, width // heads, mlp or width, (kind,) * depth,
+                         max_length=2048, tie_embeddings=True, qk_norm=bool(experts))  # fmt: skip
+    model = Model(config, "qwen3_moe" if experts else "llama")
     save_pretrained(folder, model, model.init(jax.random.key(0)))
 
 

@@ -127,6 +127,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return named(mesh, ("batch", "length"))
 
 
+def platform(mesh: Mesh | None) -> str:
+    """Of the devices that a program runs on: cpu, gpu or tpu. Those of a mesh need not exist on this machine."""
+    return str(mesh.devices.flat[0].platform if mesh is not None else jax.default_backend())
+
+
 def is_one_cpu(mesh: Mesh) -> bool:
     """Whether the mesh is one CPU device, where a program may branch and copy as no accelerator would want to."""
     return mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"

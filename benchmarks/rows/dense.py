@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks import inputs
 from benchmarks.row import Bound, Row
 
-STEPS, ROWS, LENGTH = 4, 4, 512
+STEPS, ROWS, LENGTH, VOCABULARY = 4, 4, 512, 32_000
 
 
 def prepare(folder: Path) -> None:
@@ -16,26 +16,22 @@ def prepare(folder: Path) -> None:
     inputs.make_tokenizer(folder / "model", 1000)
 
 
-def ids() -> Any:
-    return inputs.random_ids(STEPS * ROWS, LENGTH, 32_000)
-
-
-def itune(folder: Path, dtype: str = "float32") -> dict[str, Any]:
+def itune(folder: Path, dtype: str = "float32", vocabulary: int = VOCABULARY, **sections: Any) -> dict[str, Any]:
     from benchmarks import ours
 
     config = ours.config_of(
-        folder, compat="trl", model={"compute_dtype": dtype}, train={"batch_size": ROWS},
+        folder, compat="trl", **sections, model={"compute_dtype": dtype}, train={"batch_size": ROWS},
         data={"max_length": LENGTH, "packing": False}, optimizer={"weight_decay": 0.1},
     )  # fmt: skip
-    return ours.timed(config, ours.data_of_ids(config, ids()))
+    return ours.timed(config, ours.data_of_ids(config, inputs.random_ids(STEPS * ROWS, LENGTH, vocabulary)))
 
 
-def trl(folder: Path, dtype: str = "float32") -> dict[str, Any]:
+def trl(folder: Path, dtype: str = "float32", vocabulary: int = VOCABULARY) -> dict[str, Any]:
     import datasets
 
     from benchmarks import peer
 
-    rows = ids().tolist()
+    rows = inputs.random_ids(STEPS * ROWS, LENGTH, vocabulary).tolist()
     dataset = datasets.Dataset.from_dict({"input_ids": rows, "labels": rows})
     made = peer.trainer(folder, dataset, dtype=dtype, per_device_train_batch_size=ROWS, max_length=LENGTH,
                         weight_decay=0.1)  # fmt: skip

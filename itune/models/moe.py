@@ -1,6 +1,6 @@
 """Mixture of experts: every token reaches all the experts it chose (no capacity, nothing dropped).
 
-Tokens are sorted by expert, and each expert multiplies its own run of rows (`ragged.py`). On a mesh the expert axis
+Tokens are sorted by expert, and each expert multiplies its own rows (`ragged.py`). On a mesh the expert axis
 holds disjoint experts: a device computes those of its rows that chose its experts, and the sums of the devices are
 added.
 """
@@ -19,9 +19,9 @@ from itune.models.architecture import Experts, ModelConfig
 from itune.models.balance import BALANCE, balance_sums
 from itune.models.entrywise import gated
 from itune.models.layers import ACTIVATIONS, ADAPTERS, AXES, linear
-from itune.models.ragged import ragged_linear, whole
+from itune.models.ragged import ragged_linear, sort, whole
 from itune.models.remat import keep
-from itune.sharding import RULES, axis_size, expert_axes, rows_divisor, spec
+from itune.sharding import RULES, axis_size, expert_axes, platform, rows_divisor, spec
 
 
 class Stack(nn.Module):
@@ -79,7 +79,8 @@ class MoE(nn.Module):
         if self.is_mutable_collection(BALANCE):
             self.sow(BALANCE, "sums", balance_sums(logits_BLE, chosen_BLC, segments_BL), reduce_fn=lambda _, sums: sums)
         stacks = Stacks(self.config, e, self.param_dtype, name="experts")()
-        run = functools.partial(mix, e, ACTIVATIONS[self.config.activation])
+        tiled = platform(self.mesh) != "tpu"
+        run = functools.partial(mix, e, ACTIVATIONS[self.config.activation], tiled=tiled)
         if self.mesh is None or self.mesh.size == 1:
             return run((), x_BLD, chosen_BLC, weights_BLC, stacks).astype(self.dtype)
         rows = PartitionSpec(
@@ -144,8 +145,9 @@ def mix(
     weights_BLC: jax.Array,
     stacks: dict[str, dict[str, jax.Array]],
     cuts: dict[str, dict[str, int | None]] | None = None,
+    tiled: bool = True,
 ) -> jax.Array:
-    """What the experts add, float32 (B, L, D), computed in x's dtype.
+    """What the experts add, float32 (B, L, D), computed in x's dtype; `tiled`: how, see ragged.py.
 
     With `axes`, ("expert", "tensor") inside a shard_map, `stacks` are this device's experts and its part of their
     width, of which fsdp divides the dimensions `cuts` further.
@@ -154,35 +156,34 @@ def mix(
     count = e.count // jax.lax.axis_size("expert") if axes else e.count
     first = jax.lax.axis_index("expert") * count if axes else 0
     own_S = jnp.where((chosen_S >= first) & (chosen_S < first + count), chosen_S - first, count)
-    order_S = jnp.argsort(own_S)  # a token stands here once for each expert it chose; those of other devices come last
-    expert_S = own_S[order_S]
-    sizes_E = jnp.bincount(own_S, length=count + 1)[:count].astype(jnp.int32)
-    mine_S1 = (expert_S < count)[:, None]
+    # a token stands here once for each expert it chose, at places sorted by expert
+    row_P, expert_P, groups = sort(own_S, count, tiled)
+    token_P, mine_P1 = row_P // e.chosen, (expert_P < count)[:, None]
 
     def project(name: str, rows: jax.Array, complete: bool = True) -> jax.Array:
         stack, cut = stacks[name], cuts[name] if cuts else dict.fromkeys(stacks[name])
 
         def ragged(rows: jax.Array, part: str) -> jax.Array:
-            return ragged_linear(rows, stack[part], sizes_E, x_BLD.dtype, cut[part])
+            return ragged_linear(rows, stack[part], groups, x_BLD.dtype, cut[part])
 
         y = ragged(rows, "kernel")
         if "a" in stack:  # linear: where `rows` is a part of the width, so is this product, and the psum adds up both
             y = y + ragged(keep(ragged(rows, "a")), "b")
         if "bias" in stack:
-            bias = whole(cut["bias"], stack["bias"])[jnp.minimum(expert_S, count - 1)].astype(y.dtype)
+            bias = whole(cut["bias"], stack["bias"])[jnp.minimum(expert_P, count - 1)].astype(y.dtype)
             y = y + (bias if complete else jnp.where(jax.lax.axis_index("tensor") == 0, bias, 0))
-        return keep(jnp.where(mine_S1, y, 0))
+        return keep(jnp.where(mine_P1, y, 0))
 
-    rows_SD = x_TD[order_S // e.chosen]
-    gate_SF, up_SF = project("gate_proj", rows_SD), project("up_proj", rows_SD)
+    rows_PD = x_TD[token_P]
+    gate_PF, up_PF = project("gate_proj", rows_PD), project("up_proj", rows_PD)
     if e.clamp is None:
-        gated_SF = gated(activation, gate_SF, up_SF)
+        gated_PF = gated(activation, gate_PF, up_PF)
     else:
         alpha, limit = e.clamp
-        gate_SF, up_SF = jnp.minimum(gate_SF, limit), jnp.clip(up_SF, -limit, limit)
-        gated_SF = gate_SF * jax.nn.sigmoid(alpha * gate_SF) * (up_SF + 1)
-    out_SD = project("down_proj", gated_SF, complete=not axes).astype(jnp.float32) * weights_S[order_S][:, None]
-    out_TD = jnp.zeros(x_TD.shape, jnp.float32).at[order_S // e.chosen].add(out_SD)
+        gate_PF, up_PF = jnp.minimum(gate_PF, limit), jnp.clip(up_PF, -limit, limit)
+        gated_PF = gate_PF * jax.nn.sigmoid(alpha * gate_PF) * (up_PF + 1)
+    out_PD = project("down_proj", gated_PF, complete=not axes).astype(jnp.float32) * weights_S[row_P][:, None]
+    out_TD = jnp.zeros(x_TD.shape, jnp.float32).at[token_P].add(out_PD)
     return (jax.lax.psum(out_TD, axes) if axes else out_TD).reshape(x_BLD.shape)
 
 

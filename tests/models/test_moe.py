@@ -8,11 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from itune.models import LayerKind
+from itune.models import LayerKind, moe
 from itune.models.architecture import Experts
 from itune.models.lora import Lora, abstract_adapters, adapter_shardings
 from itune.models.moe import mix, route
+from itune.models.ragged import sort
 from itune.plan.count import bodies
 from itune.sharding import batch_sharding, make_mesh
 
@@ -21,8 +24,9 @@ MESHES = [{"expert": 4, "fsdp": 2}, {"expert": 2, "tensor": 2, "data": 2}, {"exp
 BIASED = Experts(4, 2, 12, softmax_chosen=True, biases=True, clamp=(1.7, 0.8))
 
 
+@pytest.mark.parametrize("tiled", [True, False], ids=["tiles", "ragged"])
 @pytest.mark.parametrize("experts", [Experts(5, 2, 6), BIASED], ids=["plain", "biased"])
-def test_equals_the_definition_even_when_all_tokens_choose_one_expert(experts):
+def test_equals_the_definition_even_when_all_tokens_choose_one_expert(experts, tiled):
     rng = np.random.default_rng(0)
     shapes = {"gate_proj": (experts.width, 8), "up_proj": (experts.width, 8), "down_proj": (8, experts.width)}
     stacks = {name: {"kernel": rng.normal(size=(experts.count, *shape))} for name, shape in shapes.items()}
@@ -48,7 +52,7 @@ def test_equals_the_definition_even_when_all_tokens_choose_one_expert(experts):
                 middle = np.maximum(gate, 0) * up
             wanted[place] += weight * project("down_proj", e, middle)
     arrays = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), (x, weights, stacks))
-    found = jax.jit(lambda x, w, s: mix(experts, jax.nn.relu, (), x, jnp.asarray(chosen), w, s))(*arrays)
+    found = jax.jit(lambda x, w, s: mix(experts, jax.nn.relu, (), x, jnp.asarray(chosen), w, s, None, tiled))(*arrays)
     np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
@@ -60,8 +64,26 @@ def test_weights_of_the_chosen():
     np.testing.assert_allclose(route(Experts(4, 2, 1, softmax_chosen=True), logits)[1], [[[4 / 7, 3 / 7]]], rtol=1e-6)
 
 
-@pytest.mark.parametrize("shape", MESHES, ids=str)
-def test_a_mesh_changes_no_number(make_model, random_params, shape):
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 9), st.lists(st.integers(0, 9), min_size=1, max_size=300), st.booleans())
+def test_every_row_has_one_place_in_a_tile_of_its_expert(count, chosen, one):
+    """Also where all choose one expert, or an expert that lives elsewhere (`count`)."""
+    expert_S = np.minimum([chosen[0]] * 300 if one else chosen, count)
+    row_P, expert_P, groups = sort(jnp.asarray(expert_S), count, True)
+    expert_N, used = map(np.asarray, groups.tiles)
+    row_P, expert_P, rows = np.asarray(row_P), np.asarray(expert_P), len(row_P) // len(expert_N)
+    of_tile_P, filled_P = np.repeat(expert_N, rows), expert_P < count
+    assert sorted(row_P[filled_P]) == np.flatnonzero(expert_S < count).tolist()
+    assert (expert_P[filled_P] == expert_S[row_P[filled_P]]).all()
+    assert (expert_P[filled_P] == of_tile_P[filled_P]).all()
+    assert used <= len(expert_N) and not filled_P[used * rows :].any()
+    assert groups.sizes_E.tolist() == np.bincount(expert_S, minlength=count)[:count].tolist()
+
+
+@pytest.mark.parametrize("shape, device", [*((shape, "cpu") for shape in MESHES), (MESHES[0], "tpu")], ids=str)
+def test_a_mesh_changes_no_number(make_model, random_params, shape, device, monkeypatch):
+    """Nor does the way in which a TPU multiplies."""
+    monkeypatch.setattr(moe, "platform", lambda mesh: device if mesh is not None else "cpu")
     fields = {"kinds": (LayerKind(experts=Experts(4, 2, 12)), LayerKind(experts=BIASED)), "num_layers": 2}
     fields |= {"sinks": True, "num_kv_heads": 4}
     mesh = make_mesh(shape)
@@ -144,7 +166,7 @@ def test_dots_keeps_the_products_of_experts_and_changes_no_gradient(make_model, 
 
         traced = jax.jit(jax.grad(loss)).trace(params, tokens)
         gradients[policy] = traced.lower().compile()(params, tokens)
-        products[policy] = str(traced.jaxpr).count("ragged_dot")
+        products[policy] = str(traced.jaxpr).count("while[")  # a loop over tiles each
     for policy in ("dots", "full"):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), gradients["none"],
                      gradients[policy])  # fmt: skip

@@ -11,6 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from itune.models.attention import context, cpu, gpu, tpu
+from itune.sharding import platform
 from itune.types import InputError
 
 log = logging.getLogger("itune")
@@ -48,21 +49,21 @@ def choose_backend(
         raise InputError(f"model.attention: {backend!r} is unknown; choose one of auto, {', '.join(BACKENDS)}")
     if backend == "xla" or not whole_rows:
         return "xla"
-    platform = mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
+    runs_on = platform(mesh)
     if backend != "auto":
-        reason = _unsupported(backend, platform, query, key, sinks, window=window, softcap=softcap, mesh=mesh)
+        reason = _unsupported(backend, runs_on, query, key, sinks, window=window, softcap=softcap, mesh=mesh)
         if reason:
             raise InputError(f"model.attention={backend} cannot run here: {reason}; choose auto or xla")
         return backend
     if query.shape[1] < SHORT:
         return "xla"
     reasons = []
-    for name in KERNELS.get(platform, ()):
-        reason = _unsupported(name, platform, query, key, sinks, window=window, softcap=softcap, mesh=mesh)
+    for name in KERNELS.get(runs_on, ()):
+        reason = _unsupported(name, runs_on, query, key, sinks, window=window, softcap=softcap, mesh=mesh)
         if not reason:
             return name
         reasons.append(f"{name}: {reason}")
-    if reasons and platform != "cpu":
+    if reasons and runs_on != "cpu":
         _say_once("; ".join(reasons), 4 * query.shape[0] * query.shape[2] * query.shape[1] * key.shape[1] // 2)
     return "xla"
 
