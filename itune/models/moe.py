@@ -18,8 +18,9 @@ from jax.sharding import Mesh, PartitionSpec
 from itune.models.architecture import Experts, ModelConfig
 from itune.models.balance import BALANCE, balance_sums
 from itune.models.entrywise import gated
+from itune.models.groups import sort
 from itune.models.layers import ACTIVATIONS, ADAPTERS, AXES, linear
-from itune.models.ragged import ragged_linear, sort, whole
+from itune.models.ragged import ragged_linear, whole
 from itune.models.remat import keep
 from itune.sharding import RULES, axis_size, expert_axes, platform, rows_divisor, spec
 
@@ -79,8 +80,8 @@ class MoE(nn.Module):
         if self.is_mutable_collection(BALANCE):
             self.sow(BALANCE, "sums", balance_sums(logits_BLE, chosen_BLC, segments_BL), reduce_fn=lambda _, sums: sums)
         stacks = Stacks(self.config, e, self.param_dtype, name="experts")()
-        tiled = platform(self.mesh) != "tpu"
-        run = functools.partial(mix, e, ACTIVATIONS[self.config.activation], tiled=tiled)
+        batch = {"tpu": 0, "cpu": 4}.get(platform(self.mesh), e.count)  # a GPU is only full with many tiles
+        run = functools.partial(mix, e, ACTIVATIONS[self.config.activation], batch=batch)
         if self.mesh is None or self.mesh.size == 1:
             return run((), x_BLD, chosen_BLC, weights_BLC, stacks).astype(self.dtype)
         rows = PartitionSpec(
@@ -145,9 +146,9 @@ def mix(
     weights_BLC: jax.Array,
     stacks: dict[str, dict[str, jax.Array]],
     cuts: dict[str, dict[str, int | None]] | None = None,
-    tiled: bool = True,
+    batch: int = 4,
 ) -> jax.Array:
-    """What the experts add, float32 (B, L, D), computed in x's dtype; `tiled`: how, see ragged.py.
+    """What the experts add, float32 (B, L, D), computed in x's dtype. `batch`: see `groups.sort`.
 
     With `axes`, ("expert", "tensor") inside a shard_map, `stacks` are this device's experts and its part of their
     width, of which fsdp divides the dimensions `cuts` further.
@@ -157,7 +158,7 @@ def mix(
     first = jax.lax.axis_index("expert") * count if axes else 0
     own_S = jnp.where((chosen_S >= first) & (chosen_S < first + count), chosen_S - first, count)
     # a token stands here once for each expert it chose, at places sorted by expert
-    row_P, expert_P, groups = sort(own_S, count, tiled)
+    row_P, expert_P, groups = sort(own_S, count, batch)
     token_P, mine_P1 = row_P // e.chosen, (expert_P < count)[:, None]
 
     def project(name: str, rows: jax.Array, complete: bool = True) -> jax.Array:

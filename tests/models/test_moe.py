@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +14,11 @@ from hypothesis import strategies as st
 
 from itune.models import LayerKind, moe
 from itune.models.architecture import Experts
+from itune.models.groups import sort
 from itune.models.lora import Lora, abstract_adapters, adapter_shardings
 from itune.models.moe import mix, route
-from itune.models.ragged import sort
 from itune.plan.count import bodies
+from itune.plan.hlo import arrays
 from itune.sharding import batch_sharding, make_mesh
 
 # of four experts: fsdp divides their kernels' sides, nothing, and the experts themselves
@@ -24,9 +26,9 @@ MESHES = [{"expert": 4, "fsdp": 2}, {"expert": 2, "tensor": 2, "data": 2}, {"exp
 BIASED = Experts(4, 2, 12, softmax_chosen=True, biases=True, clamp=(1.7, 0.8))
 
 
-@pytest.mark.parametrize("tiled", [True, False], ids=["tiles", "ragged"])
+@pytest.mark.parametrize("batch", [3, 0], ids=["tiles", "ragged"])
 @pytest.mark.parametrize("experts", [Experts(5, 2, 6), BIASED], ids=["plain", "biased"])
-def test_equals_the_definition_even_when_all_tokens_choose_one_expert(experts, tiled):
+def test_equals_the_definition_even_when_all_tokens_choose_one_expert(experts, batch):
     rng = np.random.default_rng(0)
     shapes = {"gate_proj": (experts.width, 8), "up_proj": (experts.width, 8), "down_proj": (8, experts.width)}
     stacks = {name: {"kernel": rng.normal(size=(experts.count, *shape))} for name, shape in shapes.items()}
@@ -52,8 +54,28 @@ def test_equals_the_definition_even_when_all_tokens_choose_one_expert(experts, t
                 middle = np.maximum(gate, 0) * up
             wanted[place] += weight * project("down_proj", e, middle)
     arrays = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), (x, weights, stacks))
-    found = jax.jit(lambda x, w, s: mix(experts, jax.nn.relu, (), x, jnp.asarray(chosen), w, s, None, tiled))(*arrays)
+    found = jax.jit(lambda x, w, s: mix(experts, jax.nn.relu, (), x, jnp.asarray(chosen), w, s, None, batch))(*arrays)
     np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [4, 16])
+def test_no_row_meets_every_expert(batch):
+    """Off a TPU XLA writes a ragged product as one in which each does, with zeros: the rows once for each expert."""
+    experts, width, tokens = Experts(16, 2, 24), 32, 128
+    sides = {"gate_proj": (24, width), "up_proj": (24, width), "down_proj": (width, 24)}
+    stacks = {name: {"kernel": jnp.zeros((16, *side))} for name, side in sides.items()}
+
+    def largest(batch):
+        def loss(x_BLD, stacks):
+            chosen_BLC = jnp.arange(2 * tokens).reshape(1, tokens, 2) % 16
+            return mix(experts, jax.nn.silu, (), x_BLD, chosen_BLC, jnp.ones((1, tokens, 2)), stacks, None, batch).sum()
+
+        text = jax.jit(jax.grad(loss, (0, 1))).lower(jnp.ones((1, tokens, width)), stacks).compile().as_text()
+        return max(math.prod(dims) for dtype, dims in arrays(text) if dtype == "f32")
+
+    rows = 2 * tokens
+    assert largest(0) >= 16 * rows * 24, "the test looks in the wrong place"
+    assert largest(batch) <= max(2 * rows * width, 16 * width * 24)
 
 
 def test_weights_of_the_chosen():
@@ -65,18 +87,18 @@ def test_weights_of_the_chosen():
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 9), st.lists(st.integers(0, 9), min_size=1, max_size=300), st.booleans())
-def test_every_row_has_one_place_in_a_tile_of_its_expert(count, chosen, one):
+@given(st.integers(1, 9), st.lists(st.integers(0, 9), min_size=1, max_size=300), st.booleans(), st.integers(1, 5))
+def test_every_row_has_one_place_in_a_tile_of_its_expert(count, chosen, one, batch):
     """Also where all choose one expert, or an expert that lives elsewhere (`count`)."""
     expert_S = np.minimum([chosen[0]] * 300 if one else chosen, count)
-    row_P, expert_P, groups = sort(jnp.asarray(expert_S), count, True)
-    expert_N, used = map(np.asarray, groups.tiles)
-    row_P, expert_P, rows = np.asarray(row_P), np.asarray(expert_P), len(row_P) // len(expert_N)
-    of_tile_P, filled_P = np.repeat(expert_N, rows), expert_P < count
+    row_P, expert_P, groups = sort(jnp.asarray(expert_S), count, batch)
+    expert_UN, turns = map(np.asarray, groups.tiles)
+    row_P, expert_P, rows = np.asarray(row_P), np.asarray(expert_P), len(row_P) // expert_UN.size
+    of_tile_P, filled_P = np.repeat(expert_UN, rows), expert_P < count
     assert sorted(row_P[filled_P]) == np.flatnonzero(expert_S < count).tolist()
     assert (expert_P[filled_P] == expert_S[row_P[filled_P]]).all()
     assert (expert_P[filled_P] == of_tile_P[filled_P]).all()
-    assert used <= len(expert_N) and not filled_P[used * rows :].any()
+    assert turns <= len(expert_UN) and not filled_P[turns * expert_UN.shape[1] * rows :].any()
     assert groups.sizes_E.tolist() == np.bincount(expert_S, minlength=count)[:count].tolist()
 
 
