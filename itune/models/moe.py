@@ -158,7 +158,7 @@ def mix(
     first = jax.lax.axis_index("expert") * count if axes else 0
     own_S = jnp.where((chosen_S >= first) & (chosen_S < first + count), chosen_S - first, count)
     # a token stands here once for each expert it chose, at places sorted by expert
-    row_P, expert_P, groups = sort(own_S, count, batch)
+    row_P, expert_P, groups = sort(own_S, count, batch, e.count // count)
     token_P, mine_P1 = row_P // e.chosen, (expert_P < count)[:, None]
 
     def project(name: str, rows: jax.Array, complete: bool = True) -> jax.Array:
@@ -171,11 +171,13 @@ def mix(
         if "a" in stack:  # linear: where `rows` is a part of the width, so is this product, and the psum adds up both
             y = y + ragged(keep(ragged(rows, "a")), "b")
         if "bias" in stack:
-            bias = whole(cut["bias"], stack["bias"])[jnp.minimum(expert_P, count - 1)].astype(y.dtype)
+            bias = whole(cut["bias"], stack["bias"].astype(jnp.float32))  # whose gradient is a sum over rows
+            bias = bias[jnp.minimum(expert_P, count - 1)].astype(y.dtype)
             y = y + (bias if complete else jnp.where(jax.lax.axis_index("tensor") == 0, bias, 0))
         return keep(jnp.where(mine_P1, y, 0))
 
-    rows_PD = x_TD[token_P]
+    taken: Any = {"mode": "fill", "fill_value": 0} if batch else {}  # with tiles there are places without a row
+    rows_PD = x_TD.at[token_P].get(**taken)
     gate_PF, up_PF = project("gate_proj", rows_PD), project("up_proj", rows_PD)
     if e.clamp is None:
         gated_PF = gated(activation, gate_PF, up_PF)
@@ -183,8 +185,9 @@ def mix(
         alpha, limit = e.clamp
         gate_PF, up_PF = jnp.minimum(gate_PF, limit), jnp.clip(up_PF, -limit, limit)
         gated_PF = gate_PF * jax.nn.sigmoid(alpha * gate_PF) * (up_PF + 1)
-    out_PD = project("down_proj", gated_PF, complete=not axes).astype(jnp.float32) * weights_S[row_P][:, None]
-    out_TD = jnp.zeros(x_TD.shape, jnp.float32).at[token_P].add(out_PD)
+    weights_P1 = weights_S.at[row_P].get(**taken)[:, None]
+    out_PD = project("down_proj", gated_PF, complete=not axes).astype(jnp.float32) * weights_P1
+    out_TD = jnp.zeros(x_TD.shape, jnp.float32).at[token_P].add(out_PD, mode="drop")
     return (jax.lax.psum(out_TD, axes) if axes else out_TD).reshape(x_BLD.shape)
 
 

@@ -1,8 +1,8 @@
 """Products of rows, sorted by expert, with the kernel of each row's own expert, and the derivatives of these products.
 
 On a TPU they are ragged products (as in Megablocks, arXiv 2211.15841), which its compiler computes well. Elsewhere XLA
-would multiply every row by every expert. There each expert's rows begin at a multiple of a tile, a quarter more rows in
-all, and some tiles at a time are multiplied, each by a copy of its expert's kernel.
+would multiply every row by every expert. There each expert's rows begin at a multiple of a tile (`groups.py`), and some
+tiles at a time are multiplied, each by a copy of its expert's kernel.
 
 On a mesh the stack of kernels is gathered over fsdp here, in the compute dtype, and the sums of its gradient are
 divided over fsdp here, in the stack's own dtype (contract 3): left to the partitioner they would be summed in the

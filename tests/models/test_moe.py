@@ -58,6 +58,36 @@ def test_equals_the_definition_even_when_all_tokens_choose_one_expert(experts, b
     np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
+@pytest.mark.parametrize("ways", [1, 2, 8])
+def test_devices_that_share_the_experts_share_their_rows(ways):
+    """A device multiplies at most twice the rows of its own experts, whatever the number of devices."""
+    rows, experts = 16384, 128
+    count = experts // ways
+    expert_S = jnp.minimum(jax.random.randint(jax.random.key(0), (rows,), 0, experts), count)
+    for batch in (4, experts):
+        row_P, _, groups = sort(expert_S, count, batch, ways)
+        expert_UN, turns = groups.tiles
+        assert expert_UN.shape[1] <= count
+        assert int(turns) * expert_UN.shape[1] * len(row_P) // expert_UN.size <= 2 * int(groups.sizes_E.sum())
+
+
+@pytest.mark.parametrize("batch", [4, 0], ids=["tiles", "ragged"])
+def test_gradients_of_biases_are_sums_in_float32_and_a_bad_token_reaches_its_own_experts_only(batch):
+    """4,096 ones add up to 256 in bfloat16. What stands in no place takes part in nothing, infinities neither."""
+    experts, tokens = Experts(4, 1, 8, biases=True), 4096
+    ones = {name: {"kernel": jnp.ones((4, 8, 8), jnp.bfloat16), "bias": jnp.zeros((4, 8), jnp.bfloat16)}
+            for name in ("gate_proj", "up_proj", "down_proj")}  # fmt: skip
+    chosen_BLC = jnp.where(jnp.arange(tokens) == 0, 3, jnp.arange(tokens) % 2).reshape(1, tokens, 1)
+
+    def loss(stacks, x_BLD):
+        weights_BLC = jnp.ones((1, tokens, 1))
+        return mix(experts, jax.nn.relu, (), x_BLD, chosen_BLC, weights_BLC, stacks, None, batch)[:, 1:].sum()
+
+    found = jax.jit(jax.grad(loss))(ones, jnp.full((1, tokens, 8), 0.01, jnp.bfloat16).at[0, 0].set(jnp.inf))
+    assert found["down_proj"]["bias"][:3, 0].tolist() == [2048, 2048, 0]  # 2,047 and 2,048, rounded to bfloat16
+    assert all(jnp.isfinite(leaf[:3]).all() for leaf in jax.tree.leaves(found))
+
+
 @pytest.mark.parametrize("batch", [4, 16])
 def test_no_row_meets_every_expert(batch):
     """Off a TPU XLA writes a ragged product as one in which each does, with zeros: the rows once for each expert."""
