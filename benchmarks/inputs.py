@@ -15,7 +15,7 @@ SIZES = {  # width, MLP width, layers, heads, vocabulary; tied embeddings
     "40m": (512, 1408, 8, 8, 32_000),
     "15m": (384, 1152, 6, 6, 8192),
     "2m": (128, 384, 2, 4, 8192),
-    "32 experts": (384, 0, 6, 6, 8192),
+    "32 experts": (384, 384, 6, 6, 8192),
 }
 EXPERTS = {"32 experts": (32, 4, 192)}  # how many a layer, how many a token chooses, their width
 MARKERS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|pad|>")
@@ -109,7 +109,7 @@ def make_model(folder: Path, size: str, layers: int = 0) -> None:
     width, mlp, depth, heads, vocab = SIZES[size]
     depth, experts = layers or depth, EXPERTS.get(size)
     kind = LayerKind(experts=Experts(*experts) if experts else None)
-    config = ModelConfig(vocab, width, depth, heads, heads, width // heads, mlp or width, (kind,) * depth,
+    config = ModelConfig(vocab, width, depth, heads, heads, width // heads, mlp, (kind,) * depth,
                          max_length=2048, tie_embeddings=True, qk_norm=bool(experts))  # fmt: skip
     model = Model(config, "qwen3_moe" if experts else "llama")
     save_pretrained(folder, model, model.init(jax.random.key(0)))

@@ -134,7 +134,7 @@ def platform(mesh: Mesh | None) -> str:
 
 def is_one_cpu(mesh: Mesh) -> bool:
     """Whether the mesh is one CPU device, where a program may branch and copy as no accelerator would want to."""
-    return mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
+    return mesh.size == 1 and platform(mesh) == "cpu"
 
 
 def rows_divisor(mesh: Mesh) -> int:

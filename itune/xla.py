@@ -52,6 +52,6 @@ def options(device: Any, experts: bool = False) -> dict[str, Any] | None:
     chosen = {
         option.name: option.value for option in TABLE
         if option.device in device.device_kind and release < option.before and option.name not in said
-        and experts >= option.experts
+        and (experts or not option.experts)
     }
     return chosen or None

@@ -8,30 +8,35 @@ from typing import Any
 from benchmarks import inputs
 from benchmarks.row import Bound, Row
 
-STEPS, ROWS, LENGTH, VOCABULARY = 4, 4, 512, 32_000
+STEPS, ROWS, LENGTH = 4, 4, 512
+SIZE = "40m"
 
 
-def prepare(folder: Path) -> None:
-    inputs.make_model(folder / "model", "40m")
+def prepare(folder: Path, size: str = SIZE) -> None:
+    inputs.make_model(folder / "model", size)
     inputs.make_tokenizer(folder / "model", 1000)
 
 
-def itune(folder: Path, dtype: str = "float32", vocabulary: int = VOCABULARY, **sections: Any) -> dict[str, Any]:
+def ids(size: str) -> Any:
+    return inputs.random_ids(STEPS * ROWS, LENGTH, inputs.SIZES[size][-1])
+
+
+def itune(folder: Path, dtype: str = "float32", size: str = SIZE, **sections: Any) -> dict[str, Any]:
     from benchmarks import ours
 
     config = ours.config_of(
         folder, compat="trl", **sections, model={"compute_dtype": dtype}, train={"batch_size": ROWS},
         data={"max_length": LENGTH, "packing": False}, optimizer={"weight_decay": 0.1},
     )  # fmt: skip
-    return ours.timed(config, ours.data_of_ids(config, inputs.random_ids(STEPS * ROWS, LENGTH, vocabulary)))
+    return ours.timed(config, ours.data_of_ids(config, ids(size)))
 
 
-def trl(folder: Path, dtype: str = "float32", vocabulary: int = VOCABULARY) -> dict[str, Any]:
+def trl(folder: Path, dtype: str = "float32", size: str = SIZE) -> dict[str, Any]:
     import datasets
 
     from benchmarks import peer
 
-    rows = inputs.random_ids(STEPS * ROWS, LENGTH, vocabulary).tolist()
+    rows = ids(size).tolist()
     dataset = datasets.Dataset.from_dict({"input_ids": rows, "labels": rows})
     made = peer.trainer(folder, dataset, dtype=dtype, per_device_train_batch_size=ROWS, max_length=LENGTH,
                         weight_decay=0.1)  # fmt: skip

@@ -96,8 +96,7 @@ class MoE(nn.Module):
             )
         )
         axes = {name: {part: _axes(self.mesh, e, name, part) for part in stack} for name, stack in stacks.items()}
-        specs = {name: {part: spec(names) for part, names in stack.items()} for name, stack in axes.items()}
-        cuts = {name: {part: _cut(names) for part, names in stack.items()} for name, stack in axes.items()}
+        specs, cuts = (jax.tree.map(of, axes, is_leaf=lambda x: isinstance(x, tuple)) for of in (spec, _cut))
         inner = jax.shard_map(
             functools.partial(run, ("expert", "tensor"), cuts=cuts),
             mesh=self.mesh,

@@ -50,9 +50,13 @@ def _gathered(how: _How, kernel_EOI: jax.Array) -> jax.Array:
     return whole(how.cut, rounded_here(kernel_EOI, how.compute).astype(how.compute))
 
 
+def _settings(how: _How, out: str) -> dict[str, Any]:
+    return {"precision": precision(how.compute), "preferred_element_type": jnp.dtype(out)}
+
+
 def _by_row(how: _How, x_PI: jax.Array, kernel: jax.Array, groups: Groups, over: int, out: str) -> jax.Array:
     """Each row times its expert's kernel, summed over this dimension of the kernel."""
-    settings: dict[str, Any] = {"precision": precision(how.compute), "preferred_element_type": jnp.dtype(out)}
+    settings = _settings(how, out)
     if groups.tiles is None:
         dimensions = jax.lax.RaggedDotDimensionNumbers((((1,), (over,)), ((), ())), [0], [0])
         return jax.lax.ragged_dot_general(x_PI, kernel, groups.sizes_E, dimensions, **settings)
@@ -68,13 +72,12 @@ def _by_row(how: _How, x_PI: jax.Array, kernel: jax.Array, groups: Groups, over:
     return jax.lax.fori_loop(0, turns, turn, y_UNRO).reshape(len(x_PI), -1)
 
 
-def _by_expert(how: _How, a_PO: jax.Array, b_PI: jax.Array, groups: Groups, count: int) -> jax.Array:
+def _by_expert(how: _How, a_PO: jax.Array, b_PI: jax.Array, groups: Groups) -> jax.Array:
     """(E, O, I): products of rows, summed over the rows of each expert."""
-    settings: dict[str, Any] = {"precision": precision(how.compute), "preferred_element_type": jnp.float32}
     if groups.tiles is None:
         dimensions = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
-        settings["preferred_element_type"] = jnp.dtype(how.kernel)
-        return jax.lax.ragged_dot_general(a_PO, b_PI, groups.sizes_E, dimensions, **settings)
+        return jax.lax.ragged_dot_general(a_PO, b_PI, groups.sizes_E, dimensions, **_settings(how, how.kernel))
+    settings = _settings(how, "float32")  # summed over tiles, so never in bfloat16
     expert_UN, turns = groups.tiles
     a_UNRO, b_UNRI = (x.reshape(*expert_UN.shape, -1, x.shape[1]) for x in (a_PO, b_PI))
 
@@ -82,7 +85,7 @@ def _by_expert(how: _How, a_PO: jax.Array, b_PI: jax.Array, groups: Groups, coun
         one_NOI = jax.lax.dot_general(a_UNRO[number], b_UNRI[number], (((1,), (1,)), ((0,), (0,))), **settings)
         return sum_EOI.at[expert_UN[number]].add(one_NOI)
 
-    none_EOI = jnp.zeros((count, a_PO.shape[1], b_PI.shape[1]), jnp.float32)  # a sum over tiles, so never in bfloat16
+    none_EOI = jnp.zeros((len(groups.sizes_E), a_PO.shape[1], b_PI.shape[1]), jnp.float32)
     return jax.lax.fori_loop(0, turns, turn, none_EOI).astype(how.kernel)
 
 
@@ -107,8 +110,7 @@ def _backward(how: _How, kept: Any, cotangent: Any) -> Any:
     if kernel_EOI is not None:
         dx_PI = _by_row(how, cotangent, _gathered(how, kernel_EOI), groups, 1, how.x)
     if x_PI is not None:
-        count = groups.sizes_E.shape[0]
-        dkernel_EOI = _by_expert(how, cotangent, x_PI.astype(how.compute), groups, count)
+        dkernel_EOI = _by_expert(how, cotangent, x_PI.astype(how.compute), groups)
         if how.cut is not None:
             dkernel_EOI = jax.lax.psum_scatter(dkernel_EOI, "fsdp", scatter_dimension=how.cut, tiled=True)
     return dx_PI, dkernel_EOI, None

@@ -203,8 +203,12 @@ def test_devices_add_up_gradients_of_experts_in_float32(make_model, count):
     assert {dtype for dtype, _ in found} == {"float32"}
 
 
-def test_dots_keeps_the_products_of_experts_and_changes_no_gradient(make_model, random_params):
+@pytest.mark.parametrize("device, product", [("cpu", "while["), ("tpu", "ragged_dot")])  # a loop over tiles, or that
+def test_dots_keeps_the_products_of_experts_and_changes_no_gradient(
+    make_model, random_params, device, product, monkeypatch
+):
     """Also inside the shard_map of a mesh."""
+    monkeypatch.setattr(moe, "platform", lambda mesh: device if mesh is not None else "cpu")
     fields = {"kinds": (LayerKind(experts=Experts(4, 2, 12)),) * 2, "num_layers": 2}
     mesh, tokens_BL = make_mesh(MESHES[1]), np.arange(64, dtype=np.int32).reshape(8, 8) % 48
     gradients, products = {}, {}
@@ -218,7 +222,7 @@ def test_dots_keeps_the_products_of_experts_and_changes_no_gradient(make_model, 
 
         traced = jax.jit(jax.grad(loss)).trace(params, tokens)
         gradients[policy] = traced.lower().compile()(params, tokens)
-        products[policy] = str(traced.jaxpr).count("while[")  # a loop over tiles each
+        products[policy] = str(traced.jaxpr).count(product)
     for policy in ("dots", "full"):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), gradients["none"],
                      gradients[policy])  # fmt: skip
