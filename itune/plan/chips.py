@@ -12,6 +12,8 @@ import dataclasses
 import difflib
 import math
 import re
+from collections.abc import Sequence
+from typing import Any
 
 from itune.flops import peak_flops
 from itune.types import InputError
@@ -55,6 +57,7 @@ CHIPS = {
     )
 }
 _WRAPS = {"v5e": 16, "v6e": 16, "v5p": 4}  # a ring closes along an axis of this many chips (a multiple of it)
+THIS_MACHINE = "this machine"
 _DIMENSIONS = {"v5e": 2, "v6e": 2, "v5p": 3}
 
 
@@ -74,6 +77,11 @@ class Slice:
     @property
     def chips(self) -> int:
         return self.slices * math.prod(self.shape)
+
+    @property
+    def has_name(self) -> bool:
+        """Whether libtpu can be asked for it by its name."""
+        return self.is_tpu and self.name != THIS_MACHINE
 
     @property
     def interconnect(self) -> float:
@@ -107,12 +115,20 @@ def parse_topology(name: str) -> Slice:
     return Slice(name, CHIPS[chip], sizes, int(slices or 1))
 
 
-def here() -> tuple[Chip | None, int]:
-    """This machine's chip (None where it is not in the table, a CPU say) and how many it has."""
-    import jax
+def here(devices: Sequence[Any]) -> Slice | None:
+    """The slice that these devices are, None where their chip is not in the table: a CPU.
 
-    devices = jax.devices()
+    TPU chips that fill a box of their mesh have its name ("v5e:2x4"), which can be compiled for; others lie in a row.
+    """
     kind = devices[0].device_kind.lower()
     found = [chip for chip in CHIPS.values() if chip.kind.lower() == kind]
     found = found or [chip for chip in CHIPS.values() if chip.name in kind and not kind.startswith("tpu")]
-    return (found[0] if found else None), len(devices)
+    if not found:
+        return None
+    chip, count = found[0], len(devices)
+    if chip.name in _DIMENSIONS:
+        places = [tuple(device.coords[: _DIMENSIONS[chip.name]]) for device in devices]
+        shape = tuple(max(axis) - min(axis) + 1 for axis in zip(*places, strict=True))
+        if math.prod(shape) == len(set(places)) == count:
+            return Slice(f"{chip.name}:{'x'.join(map(str, shape))}", chip, shape)
+    return Slice(THIS_MACHINE, chip, (count,))

@@ -40,6 +40,11 @@ def stand_in(config: Config, steps: int) -> Data:
     """Data with the vocabulary of the model's own config and rows that are full: enough to compile for."""
     section = config.model
     vocab = load_model(section.path, revision=section.revision or None).config.vocab_size
-    tokenizer: Any = types.SimpleNamespace(vocab_size=vocab, added_tokens=())
-    loader: Any = types.SimpleNamespace(total_steps=max(steps, 1), max_segments=0)
+    return sizes_only(vocab, 0, max(steps, 1), 0)
+
+
+def sizes_only(vocab_size: int, added_tokens: int, total_steps: int, max_segments: int) -> Data:
+    """What a plan needs of a tokenizer (`added_tokens`: how many) and of a loader, without them."""
+    tokenizer: Any = types.SimpleNamespace(vocab_size=vocab_size, added_tokens=("",) * added_tokens)
+    loader: Any = types.SimpleNamespace(total_steps=total_steps, max_segments=max_segments)
     return Data(tokenizer, types.SimpleNamespace(held_out=()), loader)

@@ -14,6 +14,7 @@ import jax
 from itune.config import Config
 from itune.evaluators.heldout_loss import token_step
 from itune.models.architecture import ModelConfig
+from itune.plan.apart import compiled_apart
 from itune.plan.chips import Slice, here, parse_topology
 from itune.plan.compile import Compiled, DoesNotFit, compile_lowered, topology_devices
 from itune.plan.count import count_flops
@@ -38,21 +39,21 @@ def plan(
     """Plan the run on a slice (this machine's devices without one), print it, and return the numbers.
 
     Compiles where the slice is of TPUs and libtpu is there. Raises InputError for a config that cannot run there, and
-    for devices whose speed is not known.
+    for devices whose speed is not known; RunError where the compiler ends its process.
     """
     if not config.model.path:
         raise InputError("config: model.path is empty; a folder with config.json is enough to plan")
     where = parse_topology(topology) if topology else this_machine()
     table = prices(price_file)
     facts = known(config)
-    can_compile = compiled and where.is_tpu and importlib.util.find_spec("libtpu") is not None
-    if compiled and where.is_tpu and not can_compile:
+    can_compile = compiled and where.has_name and importlib.util.find_spec("libtpu") is not None
+    if compiled and where.has_name and not can_compile:
         log("libtpu is absent (pip install libtpu): by formula only")
     if search:
         from itune.plan.search import search as run_search
 
         return run_search(config, where, facts, table, can_compile, log)
-    report = (compiled_report if can_compile else formula_report)(config, where, facts, table)
+    report = (compiled_apart if can_compile else formula_report)(config, where, facts, table)
     for line in lines(report):
         log(line)
     return report.to_dict()
@@ -60,13 +61,13 @@ def plan(
 
 def this_machine() -> Slice:
     """The devices of this machine as a slice. Raises InputError where their speed is not known: a CPU."""
-    chip, count = here()
-    if chip is None:
+    where = here(jax.devices())
+    if where is None:
         raise InputError(
             f"plan: the speed of this machine's {jax.devices()[0].device_kind} is not known; expected --topology with "
             "the chips that the run is for, such as v5e:4x4, v6e:2x4, v5p:2x2x1 or gpu:h200:1"
         )
-    return Slice("this machine", chip, (count,))
+    return where
 
 
 def formula_report(config: Config, where: Slice, facts: Known, table: dict[str, Any]) -> Report:

@@ -13,10 +13,11 @@ from typing import Any, Literal
 
 from itune.config import Config
 from itune.models import load_model
+from itune.plan.apart import compiled_apart
 from itune.plan.chips import Slice
 from itune.plan.inputs import Known
 from itune.plan.report import Report, lines, settings_text, spell
-from itune.types import InputError
+from itune.types import InputError, RunError
 
 COMPILED = 5
 SECONDS = 570.0  # no compilation begins that would end later if it took as long as the longest before it
@@ -27,7 +28,7 @@ def search(
     config: Config, where: Slice, facts: Known, table: dict[str, Any], can_compile: bool, log: Callable[[str], None]
 ) -> dict[str, Any]:
     """Print and return the best plan, the runner-up, and every candidate that was compiled."""
-    from itune.plan.run import compiled_report, formula_report
+    from itune.plan.run import formula_report
 
     begun = time.monotonic()
     ranked: list[tuple[Config, Report]] = []
@@ -50,10 +51,16 @@ def search(
             if started - begun + longest > SECONDS:
                 log("search: out of time, the rest stays by formula")
                 break
-            report = compiled_report(dataclasses.replace(candidate, evaluators=()), where, facts, table)
+            try:
+                report = compiled_apart(dataclasses.replace(candidate, evaluators=()), where, facts, table)
+            except RunError as error:
+                log(f"  {settings_text(by_formula.settings)}: left out; {str(error).splitlines()[0]}")
+            else:
+                log(f"  {describe(report)} (formula: {by_formula.need.total / 2**30:.2f} GiB)")
+                tried.append((candidate, report))
             longest = max(longest, time.monotonic() - started)
-            log(f"  {describe(report)} (formula: {by_formula.need.total / 2**30:.2f} GiB)")
-            tried.append((candidate, report))
+        if not tried:
+            raise RunError("--search: the compiler ended its process on each of the best by formula, see above")
     tried.sort(key=lambda pair: order(pair[1]))
     best = tried[0][1]
     if not best.fits:

@@ -15,9 +15,11 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 from load_script import load_script
 
+from itune.cli import main
 from itune.config import load_config
 from itune.models.attention import tpu as splash
 from itune.models.remat import POLICIES
+from itune.plan.chips import here
 from itune.plan.compile import compile_step, topology_devices
 from itune.plan.count import count_flops
 from itune.plan.hlo import arrays, collectives
@@ -241,6 +243,39 @@ def test_memory_holds_no_surprise(compiled):
 def test_a_slice_that_does_not_exist_is_refused():
     with pytest.raises(InputError, match=r"topology 'v5e:3x5'.*expected a slice such as v5e:2x2"):
         topology_devices("v5e:3x5")
+
+
+@needs_libtpu
+@pytest.mark.parametrize("name, taken, expected", [
+    ("v5e:2x4", slice(None), "v5e:2x4"), ("v5p:2x2x2", slice(None), "v5p:2x2x2"), ("v6e:2x4", slice(0, 2), "v6e:2x1"),
+    ("v6e:2x4", slice(0, 3), "this machine"),
+])  # fmt: skip
+def test_chips_of_this_machine_have_the_name_of_their_slice(name, taken, expected):
+    devices = topology_devices(name)[taken]
+    found = here(devices)
+    assert (found.name, found.chips, found.chip.name) == (expected, len(devices), name[:3])
+    assert found.has_name == (expected != "this machine")
+    assert here(jax.devices()) is None
+
+
+@needs_libtpu
+def test_a_plan_is_compiled_in_a_process_of_its_own(compiled, model_15m, monkeypatch, tmp_path, capsys):
+    program = compiled[1]
+    arguments = ["plan", "--config", "sft", f"--config.model.path={model_15m}", "--config.model.compute_dtype=bfloat16",
+                 "--config.train.remat=full", f"--config.loss.chunk={CHUNK}", f"--config.train.batch_size={ROWS}",
+                 f"--config.data.max_length={LENGTH}", "--config.train.max_steps=7", "--config.evaluators=()"]
+    assert main([*arguments, "--topology=v5e:2x2", f"--json={tmp_path / 'plan.json'}"]) == 0
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert found["memory"]["total"] == pytest.approx(program.memory.peak, rel=0.01)  # it packs no segments beside
+    assert (found["steps"], found["topology"], found["compiled"]["fits_compiler"]) == (7, "v5e:2x2", 1.0)
+    assert "compiled for these chips" in capsys.readouterr().out
+    assert main([*arguments, "--config.train.batch_size=12", "--topology=v5e:3x4"]) == 2
+    assert re.match(r"itune: topology 'v5e:3x4': cannot compile for it here", capsys.readouterr().err)
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--no_such_option=1")  # libtpu ends its process, without a Python error
+    assert main([*arguments, "--topology=v5e:2x2"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("itune: v5e:2x2: the compiler ended its process with exit code 1, saying: ERROR: Unknown ")
+    assert said.count("\n") == 2 and "no_such_option" in said and "--formula" in said
 
 
 def test_without_libtpu_the_message_says_what_to_install(monkeypatch):

@@ -20,14 +20,16 @@ from itune.optim import make_optimizer
 from itune.plan.check import one_line
 from itune.plan.chips import CHIPS, parse_topology
 from itune.plan.estimate import estimate, hardware_flops, model_flops, prices
+from itune.plan.inputs import known
 from itune.plan.layout import lay_out
 from itune.plan.memory import formula_memory
 from itune.plan.report import spell
-from itune.plan.search import candidates
+from itune.plan.run import formula_report
+from itune.plan.search import candidates, search
 from itune.plan.traffic import across_slices, formula_traffic
 from itune.sharding import make_mesh
 from itune.step import abstract_state
-from itune.types import InputError
+from itune.types import InputError, RunError
 
 LLAMA = Path(__file__).parents[1] / "goldens" / "configs" / "Llama-3.1-8B.json"
 
@@ -157,6 +159,29 @@ def test_search_divides_the_experts_of_a_model_that_has_them(experts, llama, tmp
                  "--config.data.max_length=4096", "--config.train.batch_size=64", "--config.train.max_steps=100",
                  "--topology", "v5e:8x8", "--formula", "--search", "--json", str(out)]) == 0  # fmt: skip
     assert json.loads(out.read_text())["candidates"] > 200  # without the expert axis there are fewer
+
+
+def test_search_leaves_out_what_the_compiler_dies_of(llama, monkeypatch):
+    def apart(config, where, facts, table):
+        tried.append(config)
+        if len(tried) != survivor:
+            raise RunError("v6e:2x4: the compiler ended its process by SIGABRT, saying: Check failed")
+        return formula_report(config, where, facts, table)
+
+    monkeypatch.setattr("itune.plan.search.compiled_apart", apart)
+    config, where = config_8b(llama, train__batch_size=64), parse_topology("v6e:2x4")
+    for survivor in (3, 0):
+        tried, said = [], []
+        arguments = config, where, known(config), {}, True, said.append
+        if survivor:
+            found = search(*arguments)
+            assert (len(found["tried"]), found["runner_up"]) == (1, None)
+            assert found["best"]["settings"]["remat"] == tried[2].train.remat
+            assert sum("left out; v6e:2x4: the compiler ended" in line for line in said) == 4
+        else:
+            with pytest.raises(RunError, match="ended its process on each of the best"):
+                search(*arguments)
+        assert len(tried) == 5
 
 
 def test_search_by_formula_takes_the_fastest_that_fits(llama, tmp_path, capsys):

@@ -1,0 +1,89 @@
+"""A plan compiled in a process of its own: where libtpu finds a fault of its own, it ends the process that it is in."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from typing import Any
+
+from itune.config import Config, from_dict
+from itune.plan.chips import Slice, parse_topology
+from itune.plan.estimate import Estimate
+from itune.plan.inputs import Known, sizes_only
+from itune.plan.memory import Need
+from itune.plan.report import Report
+from itune.types import InputError, RunError
+
+
+def compiled_apart(config: Config, where: Slice, facts: Known, table: dict[str, Any]) -> Report:
+    """`itune.plan.run.compiled_report`, called in a process that may die of it and whose memory goes back with it.
+
+    Raises RunError with what the compiler said where the process was ended, by itself or by the system.
+    """
+    tokenizer, loader = facts.data.tokenizer, facts.data.loader
+    asked = {
+        "config": config.to_dict(), "topology": where.name, "prices": {where.chip.name: table.get(where.chip.name)},
+        "facts": {"steps": facts.steps, "source": facts.source, "rows_full": facts.rows_full},
+        "sizes": [tokenizer.vocab_size, len(tokenizer.added_tokens), loader.total_steps, loader.max_segments],
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder, "answer.json")
+        done = subprocess.run(
+            [sys.executable, "-m", "itune.plan.apart", str(answer)], input=json.dumps(asked, default=str), text=True,
+            stderr=subprocess.PIPE, env={"JAX_PLATFORMS": "cpu"} | os.environ,
+        )  # fmt: skip
+        found = json.loads(answer.read_text()) if done.returncode == 0 else {}
+    if done.returncode:
+        raise RunError(f"{where.name}: {_ended(done.returncode, done.stderr)}")
+    sys.stderr.write(done.stderr)
+    if "wrong" in found:
+        raise InputError(found["wrong"])
+    if "bug" in found:
+        raise RuntimeError(found["bug"])
+    return Report(**{**found, "where": where, "need": Need(**found["need"]), "time": Estimate(**found["time"])})
+
+
+def _ended(code: int, said: str) -> str:
+    if code == -signal.SIGKILL:
+        return (
+            "the process that compiles was killed (SIGKILL), as a system does that runs out of memory; free some, or "
+            "plan with --formula, which compiles nothing"
+        )
+    lines = [line for line in said.splitlines() if line.strip()] or ["nothing"]
+    fatal = [line for line in lines if re.match(r"F\d{4} ", line)]
+    words = re.sub(r"^F\d{4} .*?\] ", "", (fatal or lines)[0 if fatal else -1])
+    how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+    return (
+        f"the compiler ended its process {how}, saying: {words}\n"
+        "A run on these chips would end in the same way. Change the mesh, train.remat or the slice; --formula compiles "
+        "nothing"
+    )
+
+
+def main(answer: str) -> None:
+    """In the process of its own: what is asked on standard input, the answer in a file."""
+    from itune.plan.run import compiled_report
+
+    asked = json.load(sys.stdin)
+    facts = Known(sizes_only(*asked["sizes"]), **asked["facts"])
+    try:
+        where = parse_topology(asked["topology"])
+        report = compiled_report(from_dict(asked["config"]), where, facts, asked["prices"])
+        found = dataclasses.asdict(report)
+    except InputError as error:
+        found = {"wrong": str(error)}
+    except Exception:  # a bug: the other process tells of it; whoever ends this one without a word is the compiler
+        found = {"bug": traceback.format_exc()}
+    Path(answer).write_text(json.dumps(found, default=float))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
