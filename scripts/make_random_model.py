@@ -31,7 +31,9 @@ FAMILIES = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
 }
+EXPERTS, CHOSEN = 8, 2  # of a layer, and of them for a token
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -117,22 +119,27 @@ def shapes(family: str, width: int, layers: int, vocab: int, tied: bool) -> dict
             tensors[f"{at}self_attn.{name}_proj.weight"] = (rows, width)
             if family == "qwen2":
                 tensors[f"{at}self_attn.{name}_proj.bias"] = (rows,)
-            if family == "qwen3" and name != "v":
+            if family in ("qwen3", "qwen3_moe") and name != "v":
                 tensors[f"{at}self_attn.{name}_norm.weight"] = (c["head_dim"],)
         tensors[at + "self_attn.o_proj.weight"] = (width, query)
         tensors[at + "post_attention_layernorm.weight"] = (width,)
-        tensors[at + "mlp.gate_proj.weight"] = (c["mlp"], width)
-        tensors[at + "mlp.up_proj.weight"] = (c["mlp"], width)
-        tensors[at + "mlp.down_proj.weight"] = (width, c["mlp"])
+        parts, rows = ["mlp."], c["mlp"]
+        if family == "qwen3_moe":
+            parts, rows = [f"mlp.experts.{number}." for number in range(EXPERTS)], c["expert"]
+            tensors[at + "mlp.gate.weight"] = (EXPERTS, width)
+        for part in parts:
+            tensors[at + part + "gate_proj.weight"] = (rows, width)
+            tensors[at + part + "up_proj.weight"] = (rows, width)
+            tensors[at + part + "down_proj.weight"] = (width, rows)
     tensors["model.norm.weight"] = (width,)
     return tensors if tied else {**tensors, "lm_head.weight": (vocab, width)}
 
 
 def dimensions(width: int) -> dict[str, int]:
-    """Head width, heads (a multiple of four), half as many key/value heads, and MLP width of a model width."""
+    """Head width, heads (a multiple of four), half as many key/value heads, width of an MLP and of an expert."""
     head_dim = 16 if width < 128 else 32 if width < 512 else 64 if width < 2048 else 128
     heads = width // head_dim
-    return {"head_dim": head_dim, "heads": heads, "kv_heads": heads // 2, "mlp": 3 * width}
+    return {"head_dim": head_dim, "heads": heads, "kv_heads": heads // 2, "mlp": 3 * width, "expert": width}
 
 
 def choose_shape(family: str, size: int, vocab: int, tied: bool) -> tuple[int, int]:
@@ -180,7 +187,12 @@ def config(family: str, width: int, layers: int, vocab: int, tied: bool, dtype: 
         "mistral": {"sliding_window": 1024},
         "qwen2": {"use_sliding_window": False},
         "qwen3": {"use_sliding_window": False, "attention_bias": False},
-    }
+        "qwen3_moe": {
+            "use_sliding_window": False, "attention_bias": False, "num_experts": EXPERTS, "mlp_only_layers": [],
+            "num_experts_per_tok": CHOSEN, "moe_intermediate_size": c["expert"], "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+        },
+    }  # fmt: skip
     return values | extra[family]
 
 
