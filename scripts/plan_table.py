@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from itune.config import load_config
+from itune.plan.apart import compiled_apart
 from itune.plan.chips import parse_topology
 from itune.plan.inputs import known
-from itune.plan.run import compiled_report, formula_report
+from itune.plan.run import formula_report
 from itune.types import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -125,10 +126,11 @@ def by_formula(folder: Path, name: str) -> list[str]:
 
 
 def report_of(folder: Path, target: str, how: Callable[..., Any]) -> Any:
-    """What `how` says of full tuning of one model on one slice."""
+    """What `how` says of a target: "MODEL@SLICE", full tuning of one model on one slice, or "MODEL@SLICE LoRA"."""
+    target, _, kind = target.partition(" ")
     name, _, topology = target.partition("@")
     where = parse_topology(topology)
-    config = recipe(folder, name, where.chips)
+    config = recipe(folder, name, where.chips, lora=kind == "LoRA")
     return how(config, where, known(config, read_data=False), {})
 
 
@@ -148,11 +150,12 @@ def compiled_table(folder: Path, rows: dict[str, Any]) -> list[str]:
     for target, row in sorted(rows.items()):
         memory, flops = row["memory"], row["flops"]
         compiled, moved = row["compiled"], sorted(row["traffic"].items())
+        evaluation = f"{memory['evaluation'] / 2**30:.2f}" if memory["evaluation"] else "-"
         traffic = ", ".join(f"{kind} {size / 1e9:.1f}" for kind, size in moved if size > 5e7)
         lines.append(
-            f"| {target.replace('@', ', ')} | {memory['total'] / 2**30:.2f} | "
+            f"| {target.replace(' ', ', ').replace('@', ', ')} | {memory['total'] / 2**30:.2f} | "
             f"{report_of(folder, target, formula_report).need.total / 2**30:.2f} | "
-            f"{memory['evaluation'] / 2**30:.2f} | {'yes' if row['fits'] else 'no'} | "
+            f"{evaluation} | {'yes' if row['fits'] else 'no'} | "
             f"{flops['hardware'] / flops['model']:.2f} | {traffic} | {compiled['cpu_seconds']:.0f} |"
         )
     return [*lines, ""]
@@ -160,14 +163,15 @@ def compiled_table(folder: Path, rows: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--compile", nargs="*", default=[], metavar="MODEL@SLICE", help="compile these first")
+    parser.add_argument("--compile", nargs="*", default=[], metavar="TARGET",
+                        help='compile these first: "MODEL@SLICE" (full tuning) or "MODEL@SLICE LoRA"')
     arguments = parser.parse_args()
     rows = json.loads(STORE.read_text()) if STORE.is_file() else {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_models(folder)
         for target in arguments.compile:
-            rows[target] = report_of(folder, target, compiled_report).to_dict()
+            rows[target] = report_of(folder, target, compiled_apart).to_dict()
             STORE.write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n")
             print(f"{target}: {rows[target]['memory']['total'] / 2**30:.2f} GiB", flush=True)
         page = [HEAD.format(length=LENGTH), *compiled_table(folder, rows), "## By formula", ""]
