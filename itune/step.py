@@ -98,8 +98,7 @@ class TrainStep:
             return self._function
         if self._jitted is None:
             shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-            experts = any("experts" in jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(state))
-            told = options(next(iter(shardings.step.device_set)), experts)
+            told = options(next(iter(shardings.step.device_set)))
             self._jitted = jax.jit(
                 self._function, donate_argnums=0, out_shardings=(shardings, None), compiler_options=told
             )

@@ -12,17 +12,13 @@ import jaxlib
 
 
 class Option(NamedTuple):
-    """An option for devices whose `device_kind` contains `device`, for releases of jaxlib before `before`.
-
-    `experts`: only for the train step of a model with experts. A later option of the same name is the one that counts.
-    """
+    """An option for devices whose `device_kind` contains `device`, for releases of jaxlib before `before`."""
 
     device: str
     name: str
     value: Any
     reason: str
     before: tuple[int, int] = (99, 0)
-    experts: bool = False
 
 
 # libtpu refuses it for v5p: "incorrect results, hangs"
@@ -39,19 +35,15 @@ TABLE = (
         "xla_tpu_overlap_compute_collective_tc",
         "xla_enable_async_all_gather",
     )),
-    Option("TPU v5", "xla_tpu_enable_async_collective_fusion_fuse_all_gather", "false",
-           "libtpu 0.0.52 aborts (\"split of a padded window dim\") where experts are gathered inside a product that "
-           "XLA sends round a ring: LoRA of Qwen3-30B-A3B on v5e:2x2 and v5p:2x2x1", experts=True),
 )  # fmt: skip
 
 
-def options(device: Any, experts: bool = False) -> dict[str, Any] | None:
+def options(device: Any) -> dict[str, Any] | None:
     """`compiler_options` of `jax.jit` for a program that runs on devices like this one; None where there are none."""
     release = tuple(map(int, jaxlib.__version__.split(".")[:2]))
     said = os.environ.get("XLA_FLAGS", "") + os.environ.get("LIBTPU_INIT_ARGS", "")
     chosen = {
         option.name: option.value for option in TABLE
         if option.device in device.device_kind and release < option.before and option.name not in said
-        and (experts or not option.experts)
     }
     return chosen or None

@@ -17,7 +17,7 @@ from itune.models.layers import ADAPTERS, MLP, Dense, RMSNorm, rope_tables, rota
 from itune.models.lookup import lookup
 from itune.models.moe import MoE
 from itune.models.remat import remat
-from itune.sharding import constrain
+from itune.sharding import constrain, platform
 from itune.types import InputError
 
 
@@ -102,7 +102,12 @@ class Attention(nn.Module):
         for name, count in heads.items():
             normed = c.qk_norm and name != "v"
             norm = RMSNorm(c, s.dtype, s.param_dtype, name=f"{name}_norm") if normed else lambda x: x
-            y = norm(flat[name]) if c.qk_norm_whole else flat[name]
+            y = flat[name]
+            if normed and self.has_variable(ADAPTERS, f"{name}_proj") and platform(s.mesh) == "tpu":
+                # in one fusion with the norms, the sum of base and adapter aborts libtpu 0.0.52 on v5e and v5p
+                # ("split of a padded window dim")
+                y = jax.lax.optimization_barrier(y)
+            y = norm(y) if c.qk_norm_whole else y
             y = y.reshape(*y.shape[:2], count, c.head_dim)
             split.append(y if c.qk_norm_whole else norm(y))
         return split

@@ -23,10 +23,13 @@ from itune.plan.report import Report
 from itune.types import InputError, RunError
 
 
-def compiled_apart(config: Config, where: Slice, facts: Known, table: dict[str, Any]) -> Report:
+def compiled_apart(
+    config: Config, where: Slice, facts: Known, table: dict[str, Any], seconds: float | None = None
+) -> Report:
     """`itune.plan.run.compiled_report`, called in a process that may die of it and whose memory goes back with it.
 
-    Raises RunError with what the compiler said where the process was ended, by itself or by the system.
+    Raises RunError with what the compiler said where the process was ended, by itself or by the system, and where it
+    has not ended within so many seconds.
     """
     tokenizer, loader = facts.data.tokenizer, facts.data.loader
     asked = {
@@ -36,14 +39,18 @@ def compiled_apart(config: Config, where: Slice, facts: Known, table: dict[str, 
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder, "answer.json")
-        done = subprocess.run(
-            [sys.executable, "-m", "itune.plan.apart", str(answer)], input=json.dumps(asked, default=str), text=True,
-            stderr=subprocess.PIPE, env={"JAX_PLATFORMS": "cpu"} | os.environ,
-        )  # fmt: skip
+        try:
+            done = subprocess.run(
+                [sys.executable, "-m", "itune.plan.apart", str(answer)], input=json.dumps(asked, default=str),
+                text=True, stderr=subprocess.PIPE, env={"JAX_PLATFORMS": "cpu"} | os.environ, timeout=seconds,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired as error:
+            raise RunError(f"{where.name}: not compiled within {seconds:.0f} s") from error
         found = json.loads(answer.read_text()) if done.returncode == 0 else {}
     if done.returncode:
         raise RunError(f"{where.name}: {_ended(done.returncode, done.stderr)}")
-    sys.stderr.write(done.stderr)
+    # jaxlib prints where it fails to read back some programs, for which compile.py has another way
+    sys.stderr.write(re.sub(r"(?s)^E\d{4}[^\n]*RET_CHECK.*?End stack trace \*\*\*\n*", "", done.stderr, flags=re.M))
     if "wrong" in found:
         raise InputError(found["wrong"])
     if "bug" in found:

@@ -14,6 +14,7 @@ import jax
 from itune.config import Config
 from itune.evaluators.heldout_loss import token_step
 from itune.models.architecture import ModelConfig
+from itune.models.layers import ADAPTERS
 from itune.plan.apart import compiled_apart
 from itune.plan.chips import Slice, here, parse_topology
 from itune.plan.compile import Compiled, DoesNotFit, compile_lowered, topology_devices
@@ -96,8 +97,7 @@ def compiled_report(config: Config, where: Slice, facts: Known, table: dict[str,
             program = compile_lowered(traced.lower(), "the train step")
         except DoesNotFit as error:
             needed = error.needed
-        # adapters are evaluated beside their base: no larger a program than the step
-        evaluation = _evaluation(config, made) if config.evaluators and not config.lora.rank else 0
+        evaluation = _evaluation(config, made) if config.evaluators else 0
     by_formula = formula_memory(layout)
     traffic, across = formula_traffic(layout), across_slices(layout)
     shown = _shown(traffic, across)
@@ -129,7 +129,9 @@ def _evaluation(config: Config, made: Any) -> int:
     sharding = batch_sharding(made.mesh)
     batch = Batch(*(jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding) for leaf in made.batch))
     try:
-        params = made.tuning.parameters(made.state.trainable, made.state.frozen)
+        trainable, frozen = made.state.trainable, made.state.frozen
+        with_adapters = {**frozen, ADAPTERS: trainable}  # Tuning.parameters would scale them, which has no shape
+        params = with_adapters if made.tuning.lora else made.tuning.parameters(trainable, frozen)
         lowered = token_step(made.model, config.loss.chunk).lower(params, {}, batch)
         return compile_lowered(lowered, "the evaluation step").memory.peak
     except DoesNotFit as error:

@@ -52,7 +52,8 @@ def search(
                 log("search: out of time, the rest stays by formula")
                 break
             try:
-                report = compiled_apart(dataclasses.replace(candidate, evaluators=()), where, facts, table)
+                training_only = dataclasses.replace(candidate, evaluators=())
+                report = compiled_apart(training_only, where, facts, table, SECONDS - (started - begun))
             except RunError as error:
                 log(f"  {settings_text(by_formula.settings)}: left out; {str(error).splitlines()[0]}")
             else:

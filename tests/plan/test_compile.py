@@ -19,10 +19,12 @@ from itune.cli import main
 from itune.config import load_config
 from itune.models.attention import tpu as splash
 from itune.models.remat import POLICIES
-from itune.plan.chips import here
+from itune.plan.apart import compiled_apart
+from itune.plan.chips import here, parse_topology
 from itune.plan.compile import compile_step, topology_devices
 from itune.plan.count import count_flops
 from itune.plan.hlo import arrays, collectives
+from itune.plan.inputs import known
 from itune.setup_run import make_plan
 from itune.types import InputError
 
@@ -194,6 +196,23 @@ def test_gradients_are_summed_over_devices_in_float32(compiled):
     found = {dtype for one in (*summed, *rings) for dtype, dims in arrays(one.shape) if dims in (parts | kernels)}
     assert "f32" in found, found
     assert all(dtype == "f32" for one in summed for dtype, _ in arrays(one.shape)), summed
+
+
+@needs_libtpu
+def test_adapters_beside_normed_queries_compile(tmp_path):
+    """libtpu 0.0.52 aborted: LoRA of Qwen3-0.6B on v5p:2x2x1, of Qwen3-8B on v5e:2x2 as well."""
+    (tmp_path / "config.json").write_text(json.dumps({
+        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "attention_bias": False, "head_dim": 128,
+        "hidden_act": "silu", "hidden_size": 1024, "intermediate_size": 1024, "max_position_embeddings": 4096,
+        "num_attention_heads": 16, "num_key_value_heads": 8, "num_hidden_layers": 2, "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6, "tie_word_embeddings": True, "vocab_size": 8192,
+    }))  # fmt: skip
+    config = load_config("sft", {
+        "model.path": str(tmp_path), "model.compute_dtype": "bfloat16", "model.param_dtype": "bfloat16",
+        "lora.rank": 16, "lora.targets": "attention/q_proj", "train.remat": "full", "train.batch_size": 4,
+        "data.max_length": 4096, "train.max_steps": 1, "evaluators": (),
+    })  # fmt: skip
+    assert compiled_apart(config, parse_topology("v5p:2x2x1"), known(config), {}).need.total < 1e9
 
 
 @needs_libtpu

@@ -162,7 +162,8 @@ def test_search_divides_the_experts_of_a_model_that_has_them(experts, llama, tmp
 
 
 def test_search_leaves_out_what_the_compiler_dies_of(llama, monkeypatch):
-    def apart(config, where, facts, table):
+    def apart(config, where, facts, table, seconds):
+        assert 500 < seconds <= 570
         tried.append(config)
         if len(tried) != survivor:
             raise RunError("v6e:2x4: the compiler ended its process by SIGABRT, saying: Check failed")
