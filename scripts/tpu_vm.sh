@@ -2,7 +2,7 @@
 # One TPU VM or a pod, from nothing to a running job and back: scripts/tpu_vm.sh VERB [OPTIONS] [-- COMMAND]
 #
 #   create   ask for the TPU as a queued resource and wait until it is there
-#   setup    copy the checkout (or --revision) to every worker, install itune[tpu], mount the bucket
+#   setup    copy this checkout (or --revision of it) to every worker, install itune[tpu,gcs], mount the bucket
 #   run      start COMMAND on every worker, detached; with --watch stay, and begin again after a preemption
 #   logs     what worker 0 has printed so far (--worker all: every worker)
 #   status   state of the TPU, and whether the command runs, ended (with which code), or was never started
@@ -10,13 +10,13 @@
 #   stop     end the command with SIGTERM: itune saves and leaves
 #   delete   give the TPU back; what is only on its disks is lost
 #
-# Options (or the environment: TPU_NAME, TPU_ZONE, TPU_TYPE, TPU_PROJECT, TPU_BUCKET):
+# Options (or the environment: TPU_NAME, TPU_ZONE, TPU_TYPE, TPU_PROJECT, TPU_BUCKET, TPU_SLICES):
 #   --name N           name of the TPU
 #   --zone Z           zone, such as us-west4-a
 #   --type T           accelerator type, such as v5litepod-16, v5p-8, v6e-8
 #   --project P        project (default: gcloud's own)
 #   --version V        runtime version (default: by the type)
-#   --slices N         slices of a multi-slice job (default 1)
+#   --slices N         slices of a multi-slice job (default 1); the same for every verb
 #   --spot             cheaper, may be taken back at any time
 #   --bucket gs://B    mounted on every worker as ~/bucket: put --workdir there, a pod needs one folder for all
 #   --revision R       install this git revision instead of the files as they are
@@ -38,7 +38,7 @@ usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "$0"; }
 die() { echo "tpu_vm: $*" >&2; exit 2; }
 
 name=${TPU_NAME:-} zone=${TPU_ZONE:-} type=${TPU_TYPE:-} project=${TPU_PROJECT:-} bucket=${TPU_BUCKET:-}
-version='' slices=1 spot='' revision='' worker=0 from='' to=. watch='' poll=30 tries=20 dry='' command=()
+version='' slices=${TPU_SLICES:-1} spot='' revision='' worker=0 from='' to=. watch='' poll=30 tries=20 dry='' command=()
 [ $# -gt 0 ] || { usage; exit 2; }
 verb=$1; shift
 case $verb in
@@ -65,11 +65,20 @@ done
 [[ $slices =~ ^[1-9][0-9]*$ ]] || die "--slices '$slices': expected a number of at least 1"
 [[ -z $bucket || $bucket == gs://* ]] || die "--bucket '$bucket': expected gs://NAME"
 
+checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 where=(--zone "$zone" ${project:+--project "$project"})
 if [ "$slices" = 1 ]; then nodes=("$name"); else nodes=(); for ((i = 0; i < slices; i++)); do nodes+=("$name-$i"); done; fi
 
-# do CMD...: run it, or print it when dry
-do_() { if [ -n "$dry" ]; then printf '+'; printf ' %q' "$@"; echo; else "$@"; fi; }
+# do CMD...: run it, or print it when dry, so that it can be pasted and a script in it be read
+do_() {
+  [ -n "$dry" ] || { "$@"; return; }
+  local word
+  printf +
+  for word in "$@"; do
+    if [[ $word == *$'\n'* ]]; then printf " '%s'" "${word//\'/\'\\\'\'}"; else printf ' %q' "$word"; fi
+  done
+  echo
+}
 tpu() { do_ gcloud compute tpus "$@" "${where[@]}"; }
 
 # on_workers WORKER SCRIPT: the script on that worker (or all) of every slice; the first that fails decides
@@ -90,10 +99,20 @@ runtime() {
   esac
 }
 
-# the state of the queued resource: ACTIVE, WAITING_FOR_RESOURCES, SUSPENDED, FAILED ..., or ABSENT
+look() { tpu queued-resources describe "$name" --format='value(state.state)'; }
+
+# what the look finds: ACTIVE, WAITING_FOR_RESOURCES, SUSPENDED, FAILED ...; ABSENT where there is none, and
+# UNKNOWN where the cloud gave no answer (no network, a login that ran out), which says nothing of the TPU
 state() {
-  [ -z "$dry" ] || { echo ACTIVE; return; }
-  gcloud compute tpus queued-resources describe "$name" "${where[@]}" --format='value(state.state)' 2>/dev/null || echo ABSENT
+  local errors
+  errors=$(mktemp)
+  if look 2>"$errors"; then :
+  elif grep -qi 'not.found' "$errors"; then echo ABSENT
+  else
+    echo "tpu_vm: no answer about $name: $(tail -n 1 "$errors")" >&2
+    echo UNKNOWN
+  fi
+  rm -f "$errors"
 }
 
 create() {
@@ -101,7 +120,9 @@ create() {
   local ids=(--node-id "$name") now
   [ "$slices" = 1 ] || ids=(--node-count "$slices" --node-prefix "$name")
   version=${version:-$(runtime)}
-  tpu queued-resources create "$name" "${ids[@]}" --accelerator-type "$type" --runtime-version "$version" ${spot:+--spot}
+  tpu queued-resources create "$name" "${ids[@]}" --accelerator-type "$type" --runtime-version "$version" \
+    ${spot:+--spot} || return 1
+  [ -z "$dry" ] || { echo "# every $poll s, until it says ACTIVE:"; look; return; }
   while now=$(state); [ "$now" != ACTIVE ]; do
     case $now in
       FAILED|SUSPENDED|ABSENT) echo "tpu_vm: $name is $now: no TPU came; see why with: scripts/tpu_vm.sh status" >&2; return 1 ;;
@@ -114,16 +135,18 @@ create() {
 
 setup() {
   local archive node
-  archive=$(mktemp -d)
+  archive=TEMPORARY-FOLDER
+  [ -n "$dry" ] || archive=$(mktemp -d)
   # shellcheck disable=SC2064  # the folder's name is meant as it is now
   trap "rm -rf '$archive'" RETURN
   if [ -n "$revision" ]; then
-    do_ git archive --format=tar.gz -o "$archive/itune.tar.gz" "$revision"
+    do_ git -C "$checkout" archive --format=tar.gz -o "$archive/itune.tar.gz" "$revision" || return 1
   else
-    do_ tar -czf "$archive/itune.tar.gz" --exclude=./.git --exclude='./.venv*' --exclude=./runs --exclude=./models .
+    do_ tar -czf "$archive/itune.tar.gz" -C "$checkout" --exclude=./.git --exclude='./.venv*' --exclude=./runs \
+      --exclude=./models . || return 1
   fi
   for node in "${nodes[@]}"; do
-    tpu tpu-vm scp "$archive/itune.tar.gz" "$node:itune.tar.gz" --worker=all
+    tpu tpu-vm scp "$archive/itune.tar.gz" "$node:itune.tar.gz" --worker=all || return 1
   done
   local mount=''
   [ -z "$bucket" ] || mount="mkdir -p ~/bucket && { mountpoint -q ~/bucket ||
@@ -134,57 +157,70 @@ setup() {
       gcsfuse --implicit-dirs --rename-dir-limit=1000000 ${bucket#gs://} ~/bucket; }; }"
   on_workers all "set -e
     mkdir -p ~/itune && tar -xzf ~/itune.tar.gz -C ~/itune
-    [ -x ~/venv/bin/python ] || python3 -m venv ~/venv
-    ~/venv/bin/python -m pip install -q --upgrade '/home/'\$USER'/itune[tpu]'
+    if [ ! -x ~/venv/bin/python ]; then  # images of Ubuntu 22.04 come with Python 3.10
+      for python in python3 python3.13 python3.12 python3.11 none; do
+        \$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break
+      done
+      [ \$python != none ] && \$python -m venv ~/venv || {
+        python3 -m pip install -q --user uv
+        python3 -m uv venv -q --clear --seed --python 3.12 ~/venv; }
+    fi
+    ~/venv/bin/python -m pip install -q --upgrade \"\$HOME/itune[tpu,gcs]\"
     $mount"
 }
 
+address() { tpu tpu-vm describe "${nodes[0]}" --format='value(networkEndpoints[0].ipAddress)'; }
+
 start() {
   [ ${#command[@]} -gt 0 ] || die "run: give the command after --, such as -- itune train --config sft --workdir bucket/runs/x"
-  local job slice extra
+  local job slice extra coordinator=''
+  if [ "$slices" != 1 ]; then  # of the TPU that is there now: one that comes after a preemption has another address
+    if [ -n "$dry" ]; then address; coordinator=ADDRESS-OF-${nodes[0]}; else coordinator=$(address) || return 1; fi
+  fi
   # the shell around the command outlives SIGTERM, so that the exit code is there to read
   job=$(printf '%q' "trap : TERM; ($(printf ' %q' "${command[@]}") ); echo \$? > job.rc")
   for ((slice = 0; slice < ${#nodes[@]}; slice++)); do
     extra=''  # slices find each other by the first one's address, the workers of one by the TPU's own metadata
-    [ "$slices" = 1 ] || extra="MEGASCALE_NUM_SLICES=$slices MEGASCALE_SLICE_ID=$slice MEGASCALE_COORDINATOR_ADDRESS=$coordinator"
+    [ "$slices" = 1 ] || extra="MEGASCALE_NUM_SLICES=$slices MEGASCALE_SLICE_ID=$slice MEGASCALE_COORDINATOR_ADDRESS=$coordinator "
     tpu tpu-vm ssh "${nodes[$slice]}" --worker=all --command="set -e
       if [ -f job.pid ] && kill -0 \$(cat job.pid) 2>/dev/null; then echo 'a command runs here already: stop it first' >&2; exit 1; fi
       rm -f job.rc job.stop
-      env $extra PATH=\$HOME/venv/bin:\$PATH setsid nohup bash -c $job > job.log 2>&1 < /dev/null &
-      echo \$! > job.pid"
+      env ${extra}PATH=\$HOME/venv/bin:\$PATH setsid nohup bash -c $job > job.log 2>&1 < /dev/null &
+      echo \$! > job.pid" || return 1
   done
 }
 
 # runs, never, lost (it ended and left no code), stopped (by stop), an exit code, or nothing when worker 0 does not answer
 job() {
-  gcloud compute tpus tpu-vm ssh "${nodes[0]}" "${where[@]}" --worker=0 --command="
+  tpu tpu-vm ssh "${nodes[0]}" --worker=0 --command="
     if [ -f job.rc ]; then if [ -f job.stop ]; then echo stopped; else cat job.rc; fi
     elif [ ! -f job.pid ]; then echo never; elif kill -0 \$(cat job.pid) 2>/dev/null; then echo runs; else echo lost; fi" 2>/dev/null || true
 }
 
+prepare() { setup && start; }
+renew() { remove || true; create && prepare; }
+
 run() {
-  local left=$tries now ended coordinator=''
-  [ "$slices" = 1 ] || coordinator=${dry:+ADDRESS-OF-${nodes[0]}}
-  [ "$slices" = 1 ] || [ -n "$dry" ] || coordinator=$(gcloud compute tpus tpu-vm describe "${nodes[0]}" "${where[@]}" \
-    --format='value(networkEndpoints[0].ipAddress)')
+  local left=$tries now ended again
   start
-  [ -n "$watch" ] || { echo "tpu_vm: started; see it with: scripts/tpu_vm.sh logs --name $name --zone $zone"; return; }
-  [ -z "$dry" ] || { echo "# then every $poll s: state and exit code; after a preemption delete, create, setup, run"; return; }
+  [ -n "$watch$dry" ] || { echo "tpu_vm: started; see it with: scripts/tpu_vm.sh logs --name $name --zone $zone"; return; }
+  [ -n "$watch" ] || return 0
+  [ -z "$dry" ] || { echo "# every $poll s:"; look; job; echo "# after a preemption:"; renew; return; }
   while :; do
     now=$(state) ended=$(job)
     case $now in
-      ACTIVE|PROVISIONING|ACCEPTED|WAITING_FOR_RESOURCES) ;;
+      ACTIVE|PROVISIONING|ACCEPTED|WAITING_FOR_RESOURCES|UNKNOWN) ;;
       *) ended=preempted ;;
     esac
     case $ended in
       0) echo "tpu_vm: the command is done"; return 0 ;;
       stopped) echo "tpu_vm: the command was stopped"; return 143 ;;
       runs|'') ;;  # no answer: the state will say whether the TPU is gone
-      143|lost|preempted)
+      143|lost|never|preempted)
         [ $((left--)) -gt 0 ] || { echo "tpu_vm: taken back $tries times; giving up" >&2; return 1; }
         echo "tpu_vm: $name was taken back ($now, $ended): asking for it again"
-        [ "$now" = ACTIVE ] || { remove || true; create; setup; }
-        start ;;
+        case $ended in preempted) again=renew ;; never) again=prepare ;; *) again=start ;; esac
+        $again || echo "tpu_vm: that did not work; the next attempt in $poll s" >&2 ;;
       *) echo "tpu_vm: the command ended with code $ended; its last lines:" >&2; logs >&2; return 1 ;;
     esac
     sleep "$poll"
@@ -194,7 +230,7 @@ run() {
 logs() { on_workers "$worker" 'tail -n 200 job.log'; }
 
 status() {
-  [ -z "$dry" ] || { tpu queued-resources describe "$name"; return; }
+  [ -z "$dry" ] || { look; job; return; }
   echo "TPU: $(state)"
   echo "command: $(job)"
 }

@@ -12,14 +12,20 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 GCLOUD = r"""#!/usr/bin/env bash
-# states.txt: one line a look at the queued resource; fail.txt: a word of a call that fails
+# states.txt: one line a look at the queued resource, LOGIN for no answer; fail.txt: words of a call that fails
 cd "$STAND_IN" || exit 1
 printf '%s\n' "$*" | head -n 1 >> calls.txt
 if [ -s fail.txt ] && [[ "$*" == *$(cat fail.txt)* ]]; then echo "ERROR: injected" >&2; exit 1; fi
 case "$*" in
   *queued-resources\ describe*)
-    head -n 1 states.txt
-    [ "$(wc -l < states.txt)" -gt 1 ] && sed -i 1d states.txt ;;
+    now=$(head -n 1 states.txt)
+    case $now in
+      LOGIN) echo "ERROR: Reauthentication failed." >&2 ;;
+      ABSENT) echo "ERROR: (gcloud) NOT_FOUND: Resource was not found" >&2 ;;
+      *) echo "WARNING: a new gcloud is there" >&2; echo "$now" ;;
+    esac
+    [ "$(wc -l < states.txt)" -gt 1 ] && sed -i 1d states.txt
+    case $now in LOGIN|ABSENT) exit 1 ;; esac ;;
   *tpu-vm\ describe*) echo 10.0.0.1 ;;
   *queued-resources\ delete*) rm -rf home; mkdir home ;;
   *tpu-vm\ ssh*)
@@ -31,12 +37,19 @@ case "$*" in
 esac
 exit 0
 """
-# python3 -m venv DIR: an environment whose Python says what it was asked and does nothing
+# -c: is it new enough? -m venv DIR: an environment whose Python says what it was asked and does nothing
 PYTHON = r"""#!/bin/sh
-mkdir -p "$3/bin"
-printf '#!/bin/sh\necho "$@" > pip.txt\n' > "$3/bin/python"
-chmod +x "$3/bin/python"
+echo "$(basename "$0") $*" >> pythons.txt
+case "$*" in
+  -c*) exit "${TOO_OLD:-0}" ;;
+  *venv*)
+    for folder in "$@"; do :; done
+    mkdir -p "$folder/bin"
+    printf '#!/bin/sh\necho "$@" > pip.txt\n' > "$folder/bin/python"
+    chmod +x "$folder/bin/python" ;;
+esac
 """
+PYTHONS = ("python3", "python3.11", "python3.12", "python3.13")
 GCSFUSE = '#!/bin/sh\necho "$@" > gcsfuse.txt\n'
 SCONTROL = """#!/bin/sh
 echo "scontrol $*" >> "$STAND_IN/calls.txt"
@@ -57,7 +70,7 @@ def stand_in(tmp_path):
     """A PATH with the stand-in; `run(*arguments, states=, fail=)` calls the script."""
     (tmp_path / "home").mkdir()
     (tmp_path / "calls.txt").touch()
-    install(tmp_path / "bin", gcloud=GCLOUD, python3=PYTHON, gcsfuse=GCSFUSE)
+    install(tmp_path / "bin", gcloud=GCLOUD, gcsfuse=GCSFUSE, **dict.fromkeys(PYTHONS, PYTHON))
 
     def run(*arguments, states="ACTIVE", fail="", script="tpu_vm.sh", cwd=ROOT, **variables):
         (tmp_path / "states.txt").write_text("\n".join(states.split()) + "\n")
@@ -91,17 +104,39 @@ def test_no_quota_is_said(stand_in):
     assert done.returncode == 1 and "tune is FAILED: no TPU came" in done.stderr
 
 
+def test_a_failed_request_is_the_end(stand_in):
+    done = stand_in("create", fail="queued-resources create")
+    assert done.returncode == 1 and done.stderr == "ERROR: injected\n" and len(stand_in.calls()) == 1
+
+
+def test_create_waits_through_looks_without_an_answer(stand_in):
+    done = stand_in("create", "--poll", "0", states="LOGIN ACTIVE")
+    assert done.returncode == 0 and "no answer about tune: ERROR: Reauthentication failed." in done.stderr
+    assert stand_in("create", "--poll", "0", states="ABSENT").returncode == 1
+
+
 def test_setup_copies_the_checkout_to_every_worker(stand_in, tmp_path):
     checkout = tmp_path / "checkout"
     (checkout / ".git").mkdir(parents=True)
     (checkout / "pyproject.toml").write_text("[project]\n")
-    done = stand_in("setup", "--bucket", "gs://b", cwd=checkout)
+    (checkout / "scripts").mkdir()
+    script = shutil.copy(ROOT / "scripts" / "tpu_vm.sh", checkout / "scripts")
+    done = stand_in("setup", "--bucket", "gs://b", script=script, cwd=tmp_path)  # from any folder
     assert done.returncode == 0, done.stderr
-    assert "/home/user/itune[tpu]" in (stand_in.home / "pip.txt").read_text()
+    assert f"{stand_in.home}/itune[tpu,gcs]" in (stand_in.home / "pip.txt").read_text()
     assert "--implicit-dirs" in (stand_in.home / "gcsfuse.txt").read_text()
     assert (stand_in.home / "itune" / "pyproject.toml").read_text() == "[project]\n"
     assert not (stand_in.home / "itune" / ".git").exists()
     assert any("tpu-vm scp" in call and "--worker=all" in call for call in stand_in.calls())
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["new", "3.10"])
+def test_setup_brings_a_python_where_the_image_has_an_old_one(stand_in, old):
+    assert stand_in("setup", "--revision", "HEAD", TOO_OLD=str(int(old))).returncode == 0
+    asked = (stand_in.home / "pythons.txt").read_text().splitlines()
+    wanted = "python3 -m uv venv -q --clear --seed --python 3.12" if old else "python3 -m venv"
+    assert asked[-1].startswith(wanted)
+    assert [line.split()[0] for line in asked if " -c " in line] == [*PYTHONS[:1], *PYTHONS[:0:-1]][: 4 if old else 1]
 
 
 def test_one_worker_down_is_named(stand_in):
@@ -153,6 +188,29 @@ def test_watch_begins_again_after_a_preemption(stand_in, tmp_path):
     assert [word for word in words if word] == ["delete", "create", "scp"]
 
 
+def test_watch_leaves_a_tpu_alone_that_it_hears_nothing_of(stand_in):
+    done = stand_in("run", "--watch", "--poll", "0.2", "--", "sleep", "1", states="ACTIVE LOGIN LOGIN ACTIVE")
+    assert done.returncode == 0, done.stderr
+    assert "no answer about tune" in done.stderr and "the command is done" in done.stdout
+    assert not any(" delete " in call or " create " in call for call in stand_in.calls())
+
+
+def test_watch_asks_again_where_no_tpu_came_after_a_preemption(stand_in):
+    done = stand_in(
+        *("run", "--watch", "--poll", "0.2", "--tries", "3", "--revision", "HEAD", "--"),
+        *("bash", "-c", "[ -d ~/venv ] || sleep 30"), states="ACTIVE ABSENT FAILED SUSPENDED ACTIVE",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "tune is FAILED: no TPU came" in done.stderr and "the next attempt in 0.2 s" in done.stderr
+    assert sum(" create " in call for call in stand_in.calls()) == 2
+
+
+def test_watch_gives_up_after_so_many_tries(stand_in):
+    done = stand_in("run", "--watch", "--poll", "0", "--tries", "2", "--", "sleep", "3", states="FAILED")
+    assert done.returncode == 1 and "taken back 2 times; giving up" in done.stderr
+    assert sum(" create " in call for call in stand_in.calls()) == 2
+
+
 def test_watch_gives_up_on_a_failed_command_and_shows_its_end(stand_in):
     done = stand_in("run", "--watch", "--poll", "0.2", "--", "bash", "-c", "echo 'data.train is empty' >&2; exit 2")
     assert done.returncode == 1
@@ -161,7 +219,8 @@ def test_watch_gives_up_on_a_failed_command_and_shows_its_end(stand_in):
 
 def test_several_slices_know_each_other(stand_in):
     done = stand_in("run", "--slices", "2", "--dry-run", "--", "env")
-    first, second = [line for line in done.stdout.splitlines() if "tpu-vm ssh" in line]
+    first, second = done.stdout.split("+ gcloud compute tpus tpu-vm ssh ")[1:]
+    assert done.stdout.startswith("+ gcloud compute tpus tpu-vm describe tune-0 ")
     assert "tune-0" in first and "MEGASCALE_NUM_SLICES=2 MEGASCALE_SLICE_ID=0" in first
     assert "tune-1" in second and "MEGASCALE_SLICE_ID=1" in second
     assert "MEGASCALE_COORDINATOR_ADDRESS" in second
@@ -172,6 +231,18 @@ def test_a_dry_run_prints_and_does_nothing(stand_in, verb):
     done = stand_in(verb, "--dry-run", "--bucket", "gs://b", "--from", "gs://b/x", "--", "itune", "train")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("+ ") and stand_in.calls() == []
+
+
+def test_the_dry_run_in_the_docs_is_what_the_script_prints(stand_in):
+    """docs/launch.md: every command of a 16-chip job; a line that begins with $ is what was typed."""
+    page = (ROOT / "docs" / "launch.md").read_text()
+    block = page.split("## The dry run of a 16-chip job")[1].split("```\n")[1]
+    said = ""
+    for line in (line for line in block.splitlines() if line.startswith("$ ")):
+        done = stand_in(*line.split()[2:], TPU_BUCKET="gs://my-bucket")
+        assert done.returncode == 0, done.stderr
+        said += f"{line}\n{done.stdout}"
+    assert said.replace(str(ROOT), "CHECKOUT") == block
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["create", "--help"], ["run", "-h"]])
