@@ -37,7 +37,8 @@ def main() -> int:
     )
     parser.add_argument("rows", nargs="*", metavar="ROW", help=", ".join(names()))
     data, results = HERE.parent.parent / "shared" / "data", HERE / "results.json"
-    parser.add_argument("--data", type=Path, default=data, help="folder of the conversations")
+    parser.add_argument("--data", type=Path, default=data, help="folder with conversations: "
+                        "p3_sample.jsonl.gz (prompt, completion), gsm8k_messages.jsonl.gz (messages), seed_tasks.jsonl")
     parser.add_argument("--repeats", type=int, default=0, help="rounds of each row; 0 is what the row says")
     parser.add_argument("--anyway", action="store_true", help="measure on a busy machine")
     parser.add_argument("--results", type=Path, default=results, help="JSON file; RESULTS.md is written beside it")

@@ -15,9 +15,9 @@ Written by `python -m benchmarks.run`; unrounded numbers stand in `results.json`
 processes, in turn, on the same inputs; numbers are medians of the rounds with the lowest and the highest. "Found" is
 itune's number over the peer's, or its own where no peer is named. Rows that were lost stay in the table. Ratios depend
 on the processor (the matrix products of torch are MKL's, faster on Intel's than on AMD's; those of itune are XLA's), so
-a row stands once for each that it was measured on: a run replaces the lines of its own processor only. itune's side
-has huge pages, as its command gives itself; the peer starts as it does by itself (RESULTS_SINGLE.md has it with them),
-but for `generation`, where both run in one process.
+a row stands once for each that it was measured on: a run replaces the lines of its own processor only. From 2026-11-28
+on itune's side has huge pages, as its command gives itself; the peer starts as it does by itself (RESULTS_SINGLE.md
+has it with them), but for `generation`, where both run in one process.
 `RESULTS_GPU.md` holds what was measured on a GPU, `RESULTS_SINGLE.md` benchmarks with a command of their own.
 """
 

@@ -74,7 +74,7 @@ def trl(folder: Path, **changes: Any) -> dict[str, Any]:
     found = inputs.read_rows(folder / "rows.jsonl")
     dataset = datasets.Dataset.from_list(found)
     made = peer.trainer(folder, dataset, **changes)
-    losses = torch_losses(made.model, made.processing_class, found[:CHECKED], bool(changes))
+    losses = torch_losses(made.model, made.processing_class, found[:CHECKED], changes.get("packing", False))
     result = peer.timed(made)
     result.pop("losses")
     return result | {"example_losses": losses}
@@ -109,18 +109,19 @@ def torch_losses(model: Any, tokenizer: Any, found: list[Any], packed: bool) -> 
     return means
 
 
-def packed(folder: Path) -> dict[str, Any]:
+def packed(folder: Path, **changes: Any) -> dict[str, Any]:
     # one row a micro-batch, so that attention is over 1,024 tokens and not over four rows laid end to end
     return trl(folder, packing=True, packing_strategy="bfd", max_length=LENGTH, per_device_train_batch_size=1,
-               gradient_accumulation_steps=4)  # fmt: skip
+               gradient_accumulation_steps=4, **changes)  # fmt: skip
 
 
 ROW = Row(
     title=f"Training on {EXAMPLES} conversations of P3 and GSM8K of at most {LENGTH} tokens, 15M-parameter Llama, "
     "float32: real tokens of the steps after the first.",
     note="itune packs 4 rows a step, in two micro-batches, and keeps the products only (train.remat=dots); trl: "
-    "SFTConfig's defaults (8 padded rows), without checkpointing, which would slow it; trl_packed: bfd, 4 rows of "
-    "1,024 tokens a step, each a micro-batch. The losses of the first 24 examples agree within 1e-4.",
+    "SFTConfig's defaults (8 padded rows), but without gradient checkpointing, its default, which slows it and saves "
+    "memory (the row tokens_saving has it on); trl_packed: bfd, 4 rows of 1,024 tokens a step, each a micro-batch. "
+    "The losses of the first 24 examples agree within 1e-4.",
     sides={"itune": itune, "trl": trl, "trl_packed": packed},
     prepare=prepare,
     equal=(("example_losses", 1e-4),),
