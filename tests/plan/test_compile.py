@@ -164,6 +164,15 @@ def test_devices_exchange_no_activation_of_a_whole_sequence_and_no_logits(compil
         rows = LENGTH in dims and math.prod(dims) >= ROWS * LENGTH * config.width // DEVICES
         assert not rows, f"{dims}: hidden states of several copies"
         assert not {config.vocab_size, config.vocab_size // DEVICES} & set(dims), f"{dims}: over the vocabulary"
+    moved = [
+        dims for one in collectives(program.text) if one.kind in ("all-to-all", "collective-permute")
+        for _, dims in arrays(one.shape)
+    ]  # fmt: skip
+    shards = {config.vocab_size // parts for parts in (1, 2, DEVICES)}
+    for dims in moved:  # where a table lies divided by width, its parts or a device's own rows change hands for it
+        most = config.vocab_size if shards & set(dims) else ROWS * LENGTH
+        assert math.prod(dims) <= most * config.width // plan.mesh.shape["fsdp"], f"{dims}: more than a device holds"
+        assert not (shards & set(dims) and CHUNK in dims), f"{dims}: logits"
 
 
 @needs_libtpu
