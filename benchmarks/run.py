@@ -113,7 +113,7 @@ class Failure(Exception):
 def side_of(name: str, side: str, folder: Path, environment: dict[str, str], timeout: int) -> dict[str, Any]:
     """The measures that one side printed, run in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.row", name, side, str(folder)]
-    if side == "itune":
+    if side.startswith("itune"):
         environment = {**environment, **huge_pages.settings(environment)}  # as the command gives itself
     try:
         done = subprocess.run(

@@ -1,7 +1,8 @@
 """Write docs/plan.md: what full tuning and LoRA of well-known models need on TPU slices from 4 to 256 chips.
 
     python scripts/plan_table.py                       # the tables, by formula, in a minute
-    python scripts/plan_table.py --compile Qwen3-8B@v5e:4x4 ...    # first compile these (libtpu, 1 to 2 minutes each)
+    python scripts/plan_table.py --compile Qwen3-8B@v5e:4x4 "Qwen3-8B@v5e:2x2 LoRA"    # first compile these (libtpu,
+                                                                                       # 1 to 4 minutes each)
 
 Compiled rows are kept in docs/plan.json, so that they need not be compiled again.
 """
@@ -71,8 +72,8 @@ HEAD = """# What a run needs, before it is paid for
 `itune plan --config F --topology v5e:4x4` answers on a laptop: memory of one device, "fits" or by how much not, bytes
 that devices exchange, FLOPs done over FLOPs needed, step time, hours and cost. With libtpu (`pip install libtpu`) it
 compiles the run's own train and evaluation steps for the real chips; without, or with `--formula`, it computes.
-`--search` looks for the fastest mesh, micro-batch and rematerialisation that fits. `itune train` says in one line
-what it will use. Prices come from `configs/prices.toml`: list prices on a date, yours to edit.
+`--search` looks for the fastest mesh, micro-batch and rematerialisation that fits (it compiles train steps only).
+`itune train` says in one line what it will use. Prices come from `configs/prices.toml`: list prices on a date, yours to edit.
 
 This page is written by `scripts/plan_table.py`. All rows: {length} tokens a row, one row a chip, `train.remat=full`,
 bfloat16 compute, fsdp over all chips, packed rows with segment ids, clipping. Full tuning has float32 weights and
@@ -137,12 +138,11 @@ def report_of(folder: Path, target: str, how: Callable[..., Any]) -> Any:
 def compiled_table(folder: Path, rows: dict[str, Any]) -> list[str]:
     lines = [
         "## Compiled", "",
-        "The train and evaluation steps of full tuning as above, compiled ahead of time (libtpu) without the chips.",
-        "Bytes are what one device receives a step, loops counted; a collective-permute is a gather or a sum that",
-        "XLA runs as a ring beside the product. On v5e:8x8 and 16x16, v6e:8x8 and v5p:2x2x4 XLA sums gradients by",
-        "all-reduce, twice the bytes of a reduce-scatter, which the estimates below take. The formula is within a",
-        "tenth of all but one row, and of Qwen3-30B-A3B in other settings: 7.4 for 7.6 GiB (LoRA, v5e:4x4), 20.4 for",
-        "22.3 (LoRA, v5p:2x2x1), 23.8 for 22.5 (full, v5p:4x4x4 with mesh.expert=8).",
+        "The train and evaluation steps as above, compiled ahead of time (libtpu) without the chips: full tuning on",
+        "one slice of each chip that holds it, LoRA on the smallest. Bytes are what one device receives a step, loops",
+        "counted; a collective-permute is a gather or a sum that XLA runs as a ring beside the product. On v5e:8x8 and",
+        "16x16, v6e:8x8 and v5p:2x2x4 XLA sums gradients by all-reduce, twice the bytes of a reduce-scatter, which the",
+        "estimates below take. The formula is within a tenth of every row.",
         "",
         "| model, slice | train GiB | formula | evaluation GiB | fits | FLOPs / needed | GB received a step | CPU s |",
         "|---" * 8 + "|",

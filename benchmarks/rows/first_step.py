@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 import subprocess
 import sys
@@ -52,11 +53,11 @@ def until_first_step(command: list[str], folder: Path, cold: bool) -> dict[str, 
     return {"seconds": seconds, "cpu_seconds": cpu_seconds() - cpu}
 
 
-def itune(folder: Path) -> dict[str, Any]:
+def itune(folder: Path, length: str = "max_steps=1") -> dict[str, Any]:
     command = [
         sys.executable, "-m", "itune", "train", "--config", "default", "--workdir", str(folder / "run"),
         f"--config.model.path={folder / 'model'}", f"--config.data.train={folder / 'rows.jsonl'}",
-        "--config.evaluators=()", "--config.data.max_length=512", "--config.train.max_steps=1",
+        "--config.evaluators=()", "--config.data.max_length=512", f"--config.train.{length}",
         "--config.train.batch_size=4", "--config.log.tensorboard=False", "--config.checkpoint.every=0",
     ]  # fmt: skip
     return both(command, folder)
@@ -79,8 +80,10 @@ ROW = Row(
     "4 packed rows of 512.",
     note="cold: no compiled program, no tokenised data; warm: the second start. Both pack, so that the step has the "
     "same tokens (each row a micro-batch of the peer, as in the row tokens). CPU-seconds of itune hold its whole "
-    "command, with the checkpoint that it saves; the peer leaves after the step.",
-    sides={"itune": itune, "trl": trl},
+    "command, with the checkpoint that it saves; the peer leaves after the step. "
+    "itune_epochs: the length given in epochs, as in the recipes: the steps are known, and the program is compiled, "
+    "once the data are packed.",
+    sides={"itune": itune, "trl": trl, "itune_epochs": functools.partial(itune, length="epochs=0.02")},
     prepare=prepare,
     repeats=11,  # medians of five swing around the bounds with the machine
     bounds=(
