@@ -82,16 +82,18 @@ def search(
 
 def candidates(config: Config, where: Slice, experts: int = 1) -> Iterator[Config]:
     """Configs with every division of the devices over data, fsdp, tensor and the axis of a model's `experts`, every
-    micro-batch, every remat policy.
+    micro-batch, every remat policy. Several slices hold a copy of the model each, or share one. mesh.context stays.
     """
-    for data, fsdp, tensor, expert in meshes(where.chips // where.slices, experts):
-        mesh = dataclasses.replace(config.mesh, data=data, fsdp=fsdp, tensor=tensor, expert=expert, context=1,
-                                   dcn_data=where.slices, dcn_fsdp=1)
-        groups = data * fsdp * where.slices
-        for accumulation in (n for n in (1, 2, 4, 8, 16, 32, 64) if config.train.batch_size % (n * groups) == 0):
-            for remat in REMATS:
-                train = dataclasses.replace(config.train, accumulation=accumulation, remat=remat)
-                yield dataclasses.replace(config, mesh=mesh, train=train)
+    context = max(config.mesh.context, 1)
+    for data, fsdp, tensor, expert in meshes(where.chips // where.slices // context, experts):
+        for dcn_data in {where.slices, 1}:
+            mesh = dataclasses.replace(config.mesh, data=data, fsdp=fsdp, tensor=tensor, expert=expert, context=context,
+                                       dcn_data=dcn_data, dcn_fsdp=where.slices // dcn_data)
+            groups = data * fsdp * where.slices
+            for accumulation in (n for n in (1, 2, 4, 8, 16, 32, 64) if config.train.batch_size % (n * groups) == 0):
+                for remat in REMATS:
+                    train = dataclasses.replace(config.train, accumulation=accumulation, remat=remat)
+                    yield dataclasses.replace(config, mesh=mesh, train=train)
 
 
 def meshes(devices: int, experts: int) -> Iterator[tuple[int, int, int, int]]:
@@ -137,6 +139,6 @@ def reason(best: Report, second: Report) -> str:
 def overrides(config: Config) -> list[str]:
     """The command-line options that make the choice."""
     mesh = {f"mesh.{axis}": getattr(config.mesh, axis) for axis in ("data", "fsdp", "tensor", "expert", "context")}
-    mesh |= {"mesh.dcn_data": config.mesh.dcn_data} if config.mesh.dcn_data > 1 else {}
+    mesh |= {f"mesh.{axis}": size for axis in ("dcn_data", "dcn_fsdp") if (size := getattr(config.mesh, axis)) > 1}
     settings = {**mesh, "train.accumulation": config.train.accumulation, "train.remat": config.train.remat}
     return [f"--config.{key}={value}" for key, value in settings.items()]

@@ -25,7 +25,7 @@ from itune.plan.layout import lay_out
 from itune.plan.memory import formula_memory
 from itune.plan.report import spell
 from itune.plan.run import formula_report
-from itune.plan.search import candidates, search
+from itune.plan.search import candidates, overrides, search
 from itune.plan.traffic import across_slices, formula_traffic
 from itune.sharding import make_mesh
 from itune.step import abstract_state
@@ -119,6 +119,17 @@ def test_candidates_keep_the_global_batch(llama):
     assert (1, 16, 1) in shapes
     assert (2, 4, 2) in shapes
     assert all(math.prod(shape) == 16 for shape in shapes)
+
+
+def test_candidates_keep_what_the_config_says_of_context_and_try_both_uses_of_slices(llama):
+    where = parse_topology("2*v5e:4x4")
+    found = list(candidates(config_8b(llama, train__batch_size=32, mesh__context=2), where))
+    assert {(c.mesh.dcn_data, c.mesh.dcn_fsdp) for c in found} == {(2, 1), (1, 2)}
+    assert {c.mesh.context for c in found} == {2}
+    assert {c.mesh.data * c.mesh.fsdp * c.mesh.tensor for c in found} == {8}
+    shared = next(c for c in found if c.mesh.dcn_fsdp == 2)
+    assert "--config.mesh.dcn_fsdp=2" in overrides(shared) and "--config.mesh.context=2" in overrides(shared)
+    assert not any("dcn_data" in option for option in overrides(shared))
 
 
 @pytest.fixture
