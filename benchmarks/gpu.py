@@ -9,6 +9,7 @@ attention     cuDNN on packed rows against the whole square in float32: output a
 cross_entropy forward and backward of the head, T 16,384 x V 248,320 x D 2,048, bfloat16
 full_1b       Llama-3.2-1B, all parameters, float32 weights, 16 rows of 2,048
 full_8b       Llama-3.1-8B, all parameters, bfloat16 weights with stochastic rounding, rows of 4,096
+experts       six layers of Qwen3-30B-A3B, all parameters, 8 rows of 2,048; the layer against a sum over all experts
 lora_8b       Llama-3.1-8B, LoRA of rank 16 on all projections, rows of 4,096
 lora_8b_packed the same on packed conversations, 8 to 32 in a row
 torch_lora_8b peft on transformers: whole rows, then packed conversations kept apart
@@ -19,6 +20,7 @@ MFU is stated with its formula, its peak, causal attention, and packed lengths c
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import statistics
@@ -29,6 +31,7 @@ from typing import Any
 
 ROWS = (
     "gemm", "attention", "cross_entropy", "full_1b", "full_8b", "lora_8b", "lora_8b_packed", "torch_lora_8b",
+    "experts",
 )  # fmt: skip
 
 
@@ -70,11 +73,8 @@ def run_here(row: str, tiny: bool) -> None:
     name, *settings = row.split(":")
     options = {key: json.loads(value) for key, value in (part.split("=", 1) for part in settings)}
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", ".95")
-    if name.startswith("torch"):
-        from benchmarks import gpu_torch as module
-    else:
-        from benchmarks import gpu_rows as module
-    values = getattr(module, name)(tiny, **options)
+    place = {"torch_lora_8b": "gpu_torch", "experts": "gpu_experts"}.get(name, "gpu_rows")
+    values = getattr(importlib.import_module(f"benchmarks.{place}"), name)(tiny, **options)
     for one in values if isinstance(values, list) else [values]:
         say(row, **one)
 

@@ -15,7 +15,7 @@ from benchmarks.gpu import milliseconds
 from itune.data.loader import build_batch
 from itune.flops import peak_flops
 from itune.models import Model, ModelConfig
-from itune.models.architecture import LayerKind, Rope
+from itune.models.architecture import Experts, LayerKind, Rope
 from itune.models.lora import Lora
 from itune.objectives.losses import chunked_cross_entropy
 from itune.sharding import make_mesh
@@ -28,15 +28,21 @@ SIZES = {
            "vocab_size": 128256, "tie_embeddings": True},
     "8b": {"width": 4096, "num_layers": 32, "num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "mlp_width": 14336,
            "vocab_size": 128256, "tie_embeddings": False},
+    # six layers of Qwen3-30B-A3B
+    "experts": {"width": 2048, "num_layers": 6, "num_heads": 32, "num_kv_heads": 4, "head_dim": 128, "mlp_width": 6144,
+                "vocab_size": 151936, "tie_embeddings": False, "experts": Experts(128, 8, 768, normalise=True)},
+    "tiny_experts": {"width": 64, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "mlp_width": 128,
+                     "vocab_size": 512, "tie_embeddings": False, "experts": Experts(8, 2, 32, normalise=True)},
     "tiny": {"width": 64, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "mlp_width": 128,
              "vocab_size": 512, "tie_embeddings": False},
 }  # fmt: skip
 
 
 def llama(size: str, mesh: Any, **settings: Any) -> Model:
-    """A Llama by its published sizes, computing in bfloat16."""
-    sizes = SIZES[size]
-    config = ModelConfig(kinds=(LayerKind(rope=LLAMA3),) * sizes["num_layers"], max_length=131072, **sizes)
+    """A Llama by its published sizes, or with experts in every layer, computing in bfloat16."""
+    sizes = {**SIZES[size]}
+    kind = LayerKind(rope=LLAMA3, experts=sizes.pop("experts", None))
+    config = ModelConfig(kinds=(kind,) * sizes["num_layers"], max_length=131072, **sizes)
     return Model(config, "llama", compute_dtype="bfloat16", mesh=mesh, **settings)
 
 
@@ -117,30 +123,30 @@ def cross_entropy(
 
 def full_1b(tiny: bool, packed: bool = False, **options: Any) -> dict[str, Any]:
     sizes = {"rows": 16, "length": 2048, "steps": 25, "remat": "none", **options}
-    return _train("tiny" if tiny else "1b", packed, **sizes)
+    return train("tiny" if tiny else "1b", packed, **sizes)
 
 
 def full_8b(tiny: bool, **options: Any) -> dict[str, Any]:
     sizes = {"rows": 2, "length": 4096, "steps": 14, "param_dtype": "bfloat16", "stochastic_rounding": True, **options}
-    return _train("tiny" if tiny else "8b", False, **sizes)
+    return train("tiny" if tiny else "8b", False, **sizes)
 
 
 def lora_8b(tiny: bool, packed: bool = False, rank: int = 16, **options: Any) -> dict[str, Any]:
     sizes = {"rows": 2, "length": 4096, "steps": 14, "param_dtype": "bfloat16", **options}
-    return _train("tiny" if tiny else "8b", packed, lora=Lora(rank=4 if tiny else rank, alpha=32), **sizes)
+    return train("tiny" if tiny else "8b", packed, lora=Lora(rank=4 if tiny else rank, alpha=32), **sizes)
 
 
 def lora_8b_packed(tiny: bool, **options: Any) -> dict[str, Any]:
     return lora_8b(tiny, packed=True, **options)
 
 
-def _train(
+def train(
     size: str, packed: bool, *, rows: int, length: int, remat: str = "dots", param_dtype: str = "float32",
     chunk: int = 8192, **options: Any,
 ) -> dict[str, Any]:
     """`measure_training`; where "dots" keeps more than the memory holds, all is recomputed, and the line says so."""
     mesh = make_mesh(devices=[jax.devices()[0]])
-    rows, length, chunk = (2, 128, 64) if size == "tiny" else (rows, length, chunk)
+    rows, length, chunk = (2, 128, 64) if size.startswith("tiny") else (rows, length, chunk)
     vocab = SIZES[size]["vocab_size"]
     batches, most = conversations(2, rows, length, vocab) if packed else (whole_batches(2, rows, length, vocab), 1)
     model = llama(size, mesh, remat=remat, max_segments=most, param_dtype=param_dtype)

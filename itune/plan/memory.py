@@ -83,7 +83,7 @@ def head_bytes(layout: Layout) -> int:
     fsdp, t = sizes["fsdp"], sizes["tensor"]
     vocab, chunk = m.vocab_size / t, min(layout.config.loss.chunk, layout.tokens)
     blocks = layout.config.loss.blocks
-    logits = chunk * vocab * (4 + layout.width_bytes) / blocks
+    logits = chunk * vocab * 2 * layout.width_bytes / blocks  # and their gradient
     hidden = 2 * layout.tokens * m.width * layout.width_bytes
     kernel_gradient = 0 if layout.config.lora.rank else 1
     if fsdp > 1 and visits_vocabulary(sizes, (m.vocab_size, m.width), layout.tokens * fsdp):

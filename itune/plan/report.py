@@ -77,7 +77,8 @@ def mfu(report: Report) -> float:
 def lines(report: Report) -> Iterator[str]:
     """The report for a terminal."""
     need, t, where = report.need, report.time, report.where
-    how = "compiled for these chips" if report.compiled else "by formula, within about 15 %"
+    formula = "by formula, within about 15 %" if where.is_tpu else "by formula, compared with programs for TPUs only"
+    how = "compiled for these chips" if report.compiled else formula
     yield f"{where.name}: {where.chips} x {where.chip.name}, {settings_text(report.settings)}"
     yield f"memory of one device ({how}), GiB"
     for name in ("parameters", "optimizer", "gradients", "activations", "temporaries", "total"):

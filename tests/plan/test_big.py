@@ -45,7 +45,8 @@ def test_llama_8b_needs_less_memory_than_maxtext(topology, maxtext, tmp_path):
 
 @pytest.mark.parametrize("recipe, model, topology", [
     ("sft", "Qwen3-0.6B-Base", "v5e:2x2"), ("qwen3_0p6b_sft", "Qwen3-0.6B-Base", "v5e:2x2"),
-    ("llama3p1_8b_sft", "Llama-3.1-8B", "v5p:2x2x1"),
+    ("llama3p1_8b_sft", "Llama-3.1-8B", "v5p:2x2x1"), ("lora", "Qwen3-0.6B-Base", "v5p:2x2x1"),
+    ("lora", "Llama-3.1-8B", "v5e:2x2"),
 ])  # fmt: skip
 def test_the_formula_is_within_15_percent_of_what_is_compiled(recipe, model, topology, tmp_path):
     values = {"model.path": folder_of(model, tmp_path), "train.max_steps": 10, "data.train": "", "evaluators": ()}

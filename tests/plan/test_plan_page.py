@@ -21,6 +21,5 @@ def test_the_formula_is_near_every_compiled_program(page, tmp_path):
         target: page.report_of(tmp_path, target, page.formula_report).need.total / row["memory"]["total"]
         for target, row in rows.items()
     }
-    assert any("A3B" in target for target in ratios)
-    far = {target: round(ratio, 3) for target, ratio in ratios.items() if not 0.89 < ratio < 1.11}
-    assert set(far) == {"Qwen3-0.6B@v5e:2x2"} and far["Qwen3-0.6B@v5e:2x2"] < 1.2  # 0.5 GiB high, of 2.7
+    assert any("A3B" in target for target in ratios) and sum("LoRA" in target for target in ratios) == len(ratios) / 2
+    assert not {target: round(ratio, 3) for target, ratio in ratios.items() if not 0.9 < ratio < 1.1}
