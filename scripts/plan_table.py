@@ -73,7 +73,8 @@ HEAD = """# What a run needs, before it is paid for
 that devices exchange, FLOPs done over FLOPs needed, step time, hours and cost. With libtpu (`pip install libtpu`) it
 compiles the run's own train and evaluation steps for the real chips; without, or with `--formula`, it computes.
 `--search` looks for the fastest mesh, micro-batch and rematerialisation that fits (it compiles train steps only).
-`itune train` says in one line what it will use. Prices come from `configs/prices.toml`: list prices on a date, yours to edit.
+`itune train` says in one line what it will use. Prices come from `configs/prices.toml`: list prices on a date, yours
+to edit.
 
 This page is written by `scripts/plan_table.py`. All rows: {length} tokens a row, one row a chip, `train.remat=full`,
 bfloat16 compute, fsdp over all chips, packed rows with segment ids, clipping. Full tuning has float32 weights and

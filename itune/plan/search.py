@@ -7,6 +7,7 @@ are ranked by formula; the best five are compiled where that is possible, and ra
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
@@ -21,6 +22,7 @@ from itune.types import InputError, RunError
 
 COMPILED = 5
 SECONDS = 570.0  # no compilation begins that would end later if it took as long as the longest before it
+SAME = 0.02  # two steps whose times differ by less are equally fast: the estimate knows no better
 REMATS: tuple[Literal["none", "dots", "full"], ...] = ("none", "dots", "full")
 
 
@@ -110,10 +112,14 @@ def _experts(config: Config) -> int:
     return max((kind.experts.count for kind in kinds if kind.experts), default=1)
 
 
-def order(report: Report, slack: float = 1.0) -> tuple[bool, float]:
-    """What fits first (with `slack` for the formula's error), then the fastest; of what does not fit, the smallest."""
+def order(report: Report, slack: float = 1.0) -> tuple[bool, float, float]:
+    """What fits first (with `slack` for the formula's error), then the fastest; of what does not fit, the smallest.
+
+    Of those that are as fast as each other (SAME) the one that exchanges least: computing may hide less than assumed.
+    """
     fits = not report.limit or max(report.need.total, report.evaluation) <= slack * report.limit
-    return not fits, report.time.step if fits else float(report.need.total)
+    size = round(math.log(report.time.step) / SAME) if fits else report.need.total
+    return not fits, size, report.time.interconnect + report.time.network
 
 
 def describe(report: Report) -> str:
@@ -130,6 +136,8 @@ def reason(best: Report, second: Report) -> str:
     limits = ("compute", "interconnect", "network", "update")
     parts = {name: getattr(second.time, name) - getattr(best.time, name) for name in limits}
     worst = max(parts, key=lambda name: parts[name])
+    if slower <= 0 < parts["interconnect"] + parts["network"]:
+        return f"as fast ({slower:+.1%}), but exchanges more"
     if parts[worst] <= 0:
         return "as fast by these limits; the first needs " + (
             "less memory" if best.need.total <= second.need.total else "more memory")

@@ -67,4 +67,5 @@ def test_search_for_an_8b_model(tmp_path):
     told = {key: found[key] for key in ("why", "overrides", "candidates", "seconds")}
     print(json.dumps(told), f"{time.process_time() - begun:.0f} CPU-seconds")
     assert found["best"]["fits"]
-    assert found["best"]["seconds"]["step"] <= found["runner_up"]["seconds"]["step"] or not found["runner_up"]["fits"]
+    times = [found[name]["seconds"]["step"] for name in ("best", "runner_up")]
+    assert times[0] <= 1.04 * times[1] or not found["runner_up"]["fits"]

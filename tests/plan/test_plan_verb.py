@@ -25,7 +25,7 @@ from itune.plan.layout import lay_out
 from itune.plan.memory import formula_memory
 from itune.plan.report import spell
 from itune.plan.run import formula_report
-from itune.plan.search import candidates, overrides, search
+from itune.plan.search import candidates, order, overrides, reason, search
 from itune.plan.traffic import across_slices, formula_traffic
 from itune.sharding import make_mesh
 from itune.step import abstract_state
@@ -194,6 +194,17 @@ def test_search_leaves_out_what_the_compiler_dies_of(llama, monkeypatch):
             with pytest.raises(RunError, match="ended its process on each of the best"):
                 search(*arguments)
         assert len(tried) == 5
+
+
+def test_of_equally_fast_plans_the_one_that_exchanges_least_is_first(llama):
+    where, reports = parse_topology("v5e:2x4"), []
+    for mesh in ({"mesh__tensor": 4}, {}):
+        config = config_8b(llama, lora__rank=16, model__param_dtype="bfloat16", mesh__fsdp=-1, **mesh)
+        reports.append(formula_report(config, where, known(config), {}))
+    exchanging, plain = reports
+    assert exchanging.time.step == pytest.approx(plain.time.step, rel=0.02)
+    assert exchanging.time.interconnect > 1.3 * plain.time.interconnect
+    assert order(plain) < order(exchanging) and "more" in reason(plain, exchanging)
 
 
 def test_search_by_formula_takes_the_fastest_that_fits(llama, tmp_path, capsys):
