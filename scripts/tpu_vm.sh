@@ -24,7 +24,7 @@
 #   --from F --to D    for fetch (default: to the current folder)
 #   --watch            for run: stay; after a preemption create, set up and run again, after a failure give up
 #   --poll S           seconds between two looks (default 30)
-#   --tries N          how often a preempted TPU is asked for again (default 20)
+#   --tries N          attempts, one after the other, to have a preempted TPU again (default 20)
 #   --dry-run          print every command, run none
 #
 # A whole job:
@@ -101,15 +101,15 @@ runtime() {
 
 look() { tpu queued-resources describe "$name" --format='value(state.state)'; }
 
-# what the look finds: ACTIVE, WAITING_FOR_RESOURCES, SUSPENDED, FAILED ...; ABSENT where there is none, and
+# what the look finds: ACTIVE, WAITING_FOR_RESOURCES, SUSPENDED, FAILED ...; ABSENT where there is no such resource, and
 # UNKNOWN where the cloud gave no answer (no network, a login that ran out), which says nothing of the TPU
 state() {
-  local errors
+  local errors said
   errors=$(mktemp)
-  if look 2>"$errors"; then :
-  elif grep -qi 'not.found' "$errors"; then echo ABSENT
+  if said=$(look 2>"$errors"); then echo "${said:-UNKNOWN}"
+  elif grep -q "NOT_FOUND.*queuedResources/$name" "$errors"; then echo ABSENT
   else
-    echo "tpu_vm: no answer about $name: $(tail -n 1 "$errors")" >&2
+    echo "tpu_vm: no answer about $name: $(grep -m 1 ERROR "$errors" || head -n 1 "$errors")" >&2
     echo UNKNOWN
   fi
   rm -f "$errors"
@@ -119,7 +119,7 @@ create() {
   [ -n "$type" ] || die "--type (or TPU_TYPE) is missing, such as v5litepod-16"
   local ids=(--node-id "$name") now
   [ "$slices" = 1 ] || ids=(--node-count "$slices" --node-prefix "$name")
-  version=${version:-$(runtime)}
+  version=${version:-$(runtime)} || return 2
   tpu queued-resources create "$name" "${ids[@]}" --accelerator-type "$type" --runtime-version "$version" \
     ${spot:+--spot} || return 1
   [ -z "$dry" ] || { echo "# every $poll s, until it says ACTIVE:"; look; return; }
@@ -148,16 +148,11 @@ setup() {
   for node in "${nodes[@]}"; do
     tpu tpu-vm scp "$archive/itune.tar.gz" "$node:itune.tar.gz" --worker=all || return 1
   done
-  local mount=''
-  [ -z "$bucket" ] || mount="mkdir -p ~/bucket && { mountpoint -q ~/bucket ||
-    { command -v gcsfuse >/dev/null || { . /etc/os-release
-        echo \"deb https://packages.cloud.google.com/apt gcsfuse-\$VERSION_CODENAME main\" | sudo tee /etc/apt/sources.list.d/gcsfuse.list
-        curl -fsS https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo tee /etc/apt/trusted.gpg.d/gcsfuse.asc >/dev/null
-        sudo apt-get -qq update && sudo apt-get -qq install -y gcsfuse; }
-      gcsfuse --implicit-dirs --rename-dir-limit=1000000 ${bucket#gs://} ~/bucket; }; }"
   on_workers all "set -e
     mkdir -p ~/itune && tar -xzf ~/itune.tar.gz -C ~/itune
-    if [ ! -x ~/venv/bin/python ]; then  # images of Ubuntu 22.04 come with Python 3.10
+    # images of Ubuntu 22.04 come with Python 3.10
+    if ! ~/venv/bin/python -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      rm -rf ~/venv
       for python in python3 python3.13 python3.12 python3.11 none; do
         \$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break
       done
@@ -165,8 +160,20 @@ setup() {
         python3 -m pip install -q --user uv
         python3 -m uv venv -q --clear --seed --python 3.12 ~/venv; }
     fi
-    ~/venv/bin/python -m pip install -q --upgrade \"\$HOME/itune[tpu,gcs]\"
-    $mount"
+    ~/venv/bin/python -m pip install -q --upgrade \"\$HOME/itune[tpu,gcs]\"" && mount_
+}
+
+# the bucket as ~/bucket on every worker; a worker that was restarted has lost it
+mount_() {
+  [ -n "$bucket" ] || return 0
+  on_workers all "set -e
+    mkdir -p ~/bucket
+    mountpoint -q ~/bucket || {
+      command -v gcsfuse >/dev/null || { . /etc/os-release
+        echo \"deb https://packages.cloud.google.com/apt gcsfuse-\$VERSION_CODENAME main\" | sudo tee /etc/apt/sources.list.d/gcsfuse.list
+        curl -fsS https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo tee /etc/apt/trusted.gpg.d/gcsfuse.asc >/dev/null
+        sudo apt-get -qq update && sudo apt-get -qq install -y gcsfuse; }
+      gcsfuse --implicit-dirs --rename-dir-limit=1000000 ${bucket#gs://} ~/bucket; }"
 }
 
 address() { tpu tpu-vm describe "${nodes[0]}" --format='value(networkEndpoints[0].ipAddress)'; }
@@ -197,30 +204,40 @@ job() {
     elif [ ! -f job.pid ]; then echo never; elif kill -0 \$(cat job.pid) 2>/dev/null; then echo runs; else echo lost; fi" 2>/dev/null || true
 }
 
+# what still runs on any worker ends, and says so to nobody, before all begin again
+again() {
+  on_workers all "[ -f job.pid ] || exit 0
+    for signal in TERM KILL; do
+      kill -\$signal -- -\$(cat job.pid) 2>/dev/null || break
+      for second in \$(seq 60); do kill -0 -- -\$(cat job.pid) 2>/dev/null || break; sleep 1; done
+    done" && mount_ && start
+}
 prepare() { setup && start; }
 renew() { remove || true; create && prepare; }
 
 run() {
-  local left=$tries now ended again
+  local left=$tries now ended how
+  if [ -n "$watch" ]; then  # what a preemption will need
+    [ -n "$type" ] || die "--type (or TPU_TYPE) is missing, such as v5litepod-16: --watch asks for the TPU again"
+    version=${version:-$(runtime)} || exit 2
+  fi
   start
   [ -n "$watch$dry" ] || { echo "tpu_vm: started; see it with: scripts/tpu_vm.sh logs --name $name --zone $zone"; return; }
   [ -n "$watch" ] || return 0
   [ -z "$dry" ] || { echo "# every $poll s:"; look; job; echo "# after a preemption:"; renew; return; }
   while :; do
     now=$(state) ended=$(job)
-    case $now in
-      ACTIVE|PROVISIONING|ACCEPTED|WAITING_FOR_RESOURCES|UNKNOWN) ;;
-      *) ended=preempted ;;
-    esac
+    case $now in SUSPENDING|SUSPENDED|FAILED|DELETING|ABSENT) ended=preempted ;; esac
     case $ended in
       0) echo "tpu_vm: the command is done"; return 0 ;;
       stopped) echo "tpu_vm: the command was stopped"; return 143 ;;
-      runs|'') ;;  # no answer: the state will say whether the TPU is gone
+      runs) left=$tries ;;
+      '') ;;  # no answer: the state will say whether the TPU is gone
       143|lost|never|preempted)
-        [ $((left--)) -gt 0 ] || { echo "tpu_vm: taken back $tries times; giving up" >&2; return 1; }
-        echo "tpu_vm: $name was taken back ($now, $ended): asking for it again"
-        case $ended in preempted) again=renew ;; never) again=prepare ;; *) again=start ;; esac
-        $again || echo "tpu_vm: that did not work; the next attempt in $poll s" >&2 ;;
+        [ $((left--)) -gt 0 ] || { echo "tpu_vm: $tries attempts, and it does not run; giving up" >&2; return 1; }
+        echo "tpu_vm: the command does not run (TPU: $now, command: $ended); attempt $((tries - left))"
+        case $ended in preempted) how=renew ;; never) how=prepare ;; *) how=again ;; esac
+        $how || echo "tpu_vm: that did not work; the next attempt in $poll s" >&2 ;;
       *) echo "tpu_vm: the command ended with code $ended; its last lines:" >&2; logs >&2; return 1 ;;
     esac
     sleep "$poll"

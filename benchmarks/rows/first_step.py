@@ -83,7 +83,7 @@ ROW = Row(
     "command, with the checkpoint that it saves; the peer leaves after the step. "
     "itune_epochs: the length given in epochs, as in the recipes: the steps are known, and the program is compiled, "
     "once the data are packed.",
-    sides={"itune": itune, "trl": trl, "itune_epochs": functools.partial(itune, length="epochs=0.02")},
+    sides={"itune": itune, "trl": trl, "itune_epochs": functools.partial(itune, length="epochs=0.001")},
     prepare=prepare,
     repeats=11,  # medians of five swing around the bounds with the machine
     bounds=(

@@ -14,13 +14,21 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from itune.config import Config, from_dict
 from itune.plan.chips import Slice, parse_topology
 from itune.plan.estimate import Estimate
 from itune.plan.inputs import Known, sizes_only
 from itune.plan.memory import Need
 from itune.plan.report import Report
+from itune.runtime.secrets import redact
+from itune.runtime.supervisor import end_with_parent
 from itune.types import InputError, RunError
+
+
+class OutOfTime(RunError):
+    """It was not compiled within the time that it was given."""
 
 
 def compiled_apart(
@@ -28,8 +36,8 @@ def compiled_apart(
 ) -> Report:
     """`itune.plan.run.compiled_report`, called in a process that may die of it and whose memory goes back with it.
 
-    Raises RunError with what the compiler said where the process was ended, by itself or by the system, and where it
-    has not ended within so many seconds.
+    Raises RunError with what the compiler said where it refused the program or ended its process, or the system did;
+    OutOfTime, a RunError, where it has not ended within so many seconds.
     """
     tokenizer, loader = facts.data.tokenizer, facts.data.loader
     asked = {
@@ -39,22 +47,27 @@ def compiled_apart(
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder, "answer.json")
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu", "TMPDIR": folder, "ITUNE_SUPERVISED": str(os.getpid()),
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),  # -P: nothing of the current folder in its place
+        }  # fmt: skip
         try:
             done = subprocess.run(
-                [sys.executable, "-m", "itune.plan.apart", str(answer)], input=json.dumps(asked, default=str),
-                text=True, stderr=subprocess.PIPE, env={"JAX_PLATFORMS": "cpu"} | os.environ, timeout=seconds,
+                [sys.executable, "-P", "-m", "itune.plan.apart", str(answer)], input=json.dumps(asked, default=str),
+                text=True, errors="replace", stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment,
+                timeout=seconds,
             )  # fmt: skip
         except subprocess.TimeoutExpired as error:
-            raise RunError(f"{where.name}: not compiled within {seconds:.0f} s") from error
+            raise OutOfTime(f"{where.name}: not compiled within {seconds:.0f} s") from error
         found = json.loads(answer.read_text()) if done.returncode == 0 else {}
     if done.returncode:
-        raise RunError(f"{where.name}: {_ended(done.returncode, done.stderr)}")
+        raise RunError(redact(f"{where.name}: {_ended(done.returncode, done.stderr)}"))
     # jaxlib prints where it fails to read back some programs, for which compile.py has another way
-    sys.stderr.write(re.sub(r"(?s)^E\d{4}[^\n]*RET_CHECK.*?End stack trace \*\*\*\n*", "", done.stderr, flags=re.M))
-    if "wrong" in found:
-        raise InputError(found["wrong"])
-    if "bug" in found:
-        raise RuntimeError(found["bug"])
+    said = re.sub(r"(?s)^E\d{4}[^\n]*RET_CHECK.*?End stack trace \*\*\*\n*", "", done.stderr, flags=re.M)
+    sys.stderr.write(redact(said))
+    for key, kind in (("wrong", InputError), ("refused", RunError), ("bug", RuntimeError)):
+        if key in found:
+            raise kind(found[key])
     return Report(**{**found, "where": where, "need": Need(**found["need"]), "time": Estimate(**found["time"])})
 
 
@@ -67,6 +80,8 @@ def _ended(code: int, said: str) -> str:
     lines = [line for line in said.splitlines() if line.strip()] or ["nothing"]
     fatal = [line for line in lines if re.match(r"F\d{4} ", line)]
     words = re.sub(r"^F\d{4} .*?\] ", "", (fatal or lines)[0 if fatal else -1])
+    if code > 0 and not fatal:
+        return f"the process that compiles ended with exit code {code}, saying: {words}"
     how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
     return (
         f"the compiler ended its process {how}, saying: {words}\n"
@@ -79,6 +94,7 @@ def main(answer: str) -> None:
     """In the process of its own: what is asked on standard input, the answer in a file."""
     from itune.plan.run import compiled_report
 
+    end_with_parent()
     asked = json.load(sys.stdin)
     facts = Known(sizes_only(*asked["sizes"]), **asked["facts"])
     try:
@@ -87,6 +103,8 @@ def main(answer: str) -> None:
         found = dataclasses.asdict(report)
     except InputError as error:
         found = {"wrong": str(error)}
+    except jax.errors.JaxRuntimeError as error:
+        found = {"refused": f"{asked['topology']}: the compiler refused the program: {str(error).splitlines()[0]}"}
     except Exception:  # a bug: the other process tells of it; whoever ends this one without a word is the compiler
         found = {"bug": traceback.format_exc()}
     Path(answer).write_text(json.dumps(found, default=float))

@@ -129,6 +129,8 @@ def here(devices: Sequence[Any]) -> Slice | None:
     if chip.name in _DIMENSIONS:
         places = [tuple(device.coords[: _DIMENSIONS[chip.name]]) for device in devices]
         shape = tuple(max(axis) - min(axis) + 1 for axis in zip(*places, strict=True))
-        if math.prod(shape) == len(set(places)) == count:
-            return Slice(f"{chip.name}:{'x'.join(map(str, shape))}", chip, shape)
+        slices = len({getattr(device, "slice_index", 0) for device in devices})
+        if slices * math.prod(shape) == count == slices * len(set(places)):
+            several = f"{slices}*" if slices > 1 else ""
+            return Slice(f"{several}{chip.name}:{'x'.join(map(str, shape))}", chip, shape, slices)
     return Slice(THIS_MACHINE, chip, (count,))

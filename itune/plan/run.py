@@ -86,7 +86,8 @@ def compiled_report(config: Config, where: Slice, facts: Known, table: dict[str,
     begun, cpu = time.perf_counter(), time.process_time()
     layout = lay_out(config, where.chips, facts.data.tokenizer.vocab_size)
     devices = topology_devices(where.name.rpartition("*")[2], where.slices)
-    made = make_plan(dataclasses.replace(config, evaluators=()), facts.data, lambda line: None, devices)
+    training = dataclasses.replace(config, evaluators=(), eval=dataclasses.replace(config.eval, patience=0))
+    made = make_plan(training, facts.data, lambda line: None, devices)
     turns = math.ceil(layout.tokens / min(config.loss.chunk, layout.tokens))
     with jax.default_matmul_precision("default"):
         traced = made.step.trace(made.state, made.batch)

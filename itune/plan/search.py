@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from itune.config import Config
 from itune.models import load_model
-from itune.plan.apart import compiled_apart
+from itune.plan.apart import OutOfTime, compiled_apart
 from itune.plan.chips import Slice
 from itune.plan.inputs import Known
 from itune.plan.report import Report, lines, settings_text, spell
@@ -22,12 +22,13 @@ from itune.types import InputError, RunError
 
 COMPILED = 5
 SECONDS = 570.0  # no compilation begins that would end later if it took as long as the longest before it
+Log = Callable[[str], None]
 SAME = 0.02  # two steps whose times differ by less are equally fast: the estimate knows no better
 REMATS: tuple[Literal["none", "dots", "full"], ...] = ("none", "dots", "full")
 
 
 def search(
-    config: Config, where: Slice, facts: Known, table: dict[str, Any], can_compile: bool, log: Callable[[str], None]
+    config: Config, where: Slice, facts: Known, table: dict[str, Any], can_compile: bool, log: Log
 ) -> dict[str, Any]:
     """Print and return the best plan, the runner-up, and every candidate that was compiled."""
     from itune.plan.run import formula_report
@@ -45,25 +46,7 @@ def search(
                          "change train.batch_size")
     ranked.sort(key=lambda pair: order(pair[1], slack=1.05))
     log(f"search: {len(ranked)} candidates by formula ({refused} do not divide), {time.monotonic() - begun:.0f} s")
-    tried = ranked[:COMPILED]
-    if can_compile:
-        tried, longest = [], 0.0
-        for candidate, by_formula in ranked[:COMPILED]:
-            started = time.monotonic()
-            if started - begun + longest > SECONDS:
-                log("search: out of time, the rest stays by formula")
-                break
-            try:
-                training_only = dataclasses.replace(candidate, evaluators=())
-                report = compiled_apart(training_only, where, facts, table, SECONDS - (started - begun))
-            except RunError as error:
-                log(f"  {settings_text(by_formula.settings)}: left out; {str(error).splitlines()[0]}")
-            else:
-                log(f"  {describe(report)} (formula: {by_formula.need.total / 2**30:.2f} GiB)")
-                tried.append((candidate, report))
-            longest = max(longest, time.monotonic() - started)
-        if not tried:
-            raise RunError("--search: the compiler ended its process on each of the best by formula, see above")
+    tried = compiled(ranked[:COMPILED], begun, where, facts, table, log) if can_compile else ranked[:COMPILED]
     tried.sort(key=lambda pair: order(pair[1]))
     best = tried[0][1]
     if not best.fits:
@@ -82,12 +65,45 @@ def search(
     }
 
 
+def compiled(
+    ranked: list[tuple[Config, Report]], begun: float, where: Slice, facts: Known, table: dict[str, Any], log: Log
+) -> list[tuple[Config, Report]]:
+    """The candidates with what compiling says of them, as many as there is time for; by formula where it was none."""
+    tried, left, longest = [], list(ranked), 0.0
+    for candidate, by_formula in ranked:
+        started = time.monotonic()
+        spent = started - begun
+        if spent + longest > SECONDS:
+            log("search: out of time, the rest stays by formula")
+            break
+        try:
+            training_only = dataclasses.replace(candidate, evaluators=())
+            report = compiled_apart(training_only, where, facts, table, SECONDS - spent)
+        except OutOfTime:
+            log(f"  {settings_text(by_formula.settings)}: not compiled in what was left of {SECONDS:.0f} s")
+            break
+        except (InputError, RunError) as error:
+            log(f"  {settings_text(by_formula.settings)}: left out; {str(error).splitlines()[0]}")
+            left.remove((candidate, by_formula))
+        else:
+            log(f"  {describe(report)} (formula: {by_formula.need.total / 2**30:.2f} GiB)")
+            tried.append((candidate, report))
+        longest = max(longest, time.monotonic() - started)
+    if not left:
+        raise RunError("--search: the compiler took none of the best by formula, see above")
+    return tried or left
+
+
 def candidates(config: Config, where: Slice, experts: int = 1) -> Iterator[Config]:
     """Configs with every division of the devices over data, fsdp, tensor and the axis of a model's `experts`, every
     micro-batch, every remat policy. Several slices hold a copy of the model each, or share one. mesh.context stays.
     """
     context = max(config.mesh.context, 1)
-    for data, fsdp, tensor, expert in meshes(where.chips // where.slices // context, experts):
+    of_one = where.chips // where.slices
+    if of_one % context:
+        raise InputError(f"--search: mesh.context={context} does not divide the {of_one} devices of a slice of "
+                         f"{where.name}; set it to a divisor")
+    for data, fsdp, tensor, expert in meshes(of_one // context, experts):
         for dcn_data in {where.slices, 1}:
             mesh = dataclasses.replace(config.mesh, data=data, fsdp=fsdp, tensor=tensor, expert=expert, context=context,
                                        dcn_data=dcn_data, dcn_fsdp=where.slices // dcn_data)
@@ -112,14 +128,14 @@ def _experts(config: Config) -> int:
     return max((kind.experts.count for kind in kinds if kind.experts), default=1)
 
 
-def order(report: Report, slack: float = 1.0) -> tuple[bool, float, float]:
+def order(report: Report, slack: float = 1.0) -> tuple[bool, float, float, float]:
     """What fits first (with `slack` for the formula's error), then the fastest; of what does not fit, the smallest.
 
     Of those that are as fast as each other (SAME) the one that exchanges least: computing may hide less than assumed.
     """
     fits = not report.limit or max(report.need.total, report.evaluation) <= slack * report.limit
     size = round(math.log(report.time.step) / SAME) if fits else report.need.total
-    return not fits, size, report.time.interconnect + report.time.network
+    return not fits, size, report.time.interconnect + report.time.network, report.time.step
 
 
 def describe(report: Report) -> str:
@@ -146,7 +162,7 @@ def reason(best: Report, second: Report) -> str:
 
 def overrides(config: Config) -> list[str]:
     """The command-line options that make the choice."""
-    mesh = {f"mesh.{axis}": getattr(config.mesh, axis) for axis in ("data", "fsdp", "tensor", "expert", "context")}
-    mesh |= {f"mesh.{axis}": size for axis in ("dcn_data", "dcn_fsdp") if (size := getattr(config.mesh, axis)) > 1}
+    axes = ("data", "fsdp", "tensor", "expert", "context", "dcn_data", "dcn_fsdp")
+    mesh = {f"mesh.{axis}": getattr(config.mesh, axis) for axis in axes}
     settings = {**mesh, "train.accumulation": config.train.accumulation, "train.remat": config.train.remat}
     return [f"--config.{key}={value}" for key, value in settings.items()]

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import re
+import signal
 import types
 
 import jax
@@ -19,7 +20,7 @@ from itune.cli import main
 from itune.config import load_config
 from itune.models.attention import tpu as splash
 from itune.models.remat import POLICIES
-from itune.plan.apart import compiled_apart
+from itune.plan.apart import _ended, compiled_apart
 from itune.plan.chips import here, parse_topology
 from itune.plan.compile import compile_step, topology_devices
 from itune.plan.count import count_flops
@@ -276,12 +277,13 @@ def test_a_slice_that_does_not_exist_is_refused():
 @needs_libtpu
 @pytest.mark.parametrize("name, taken, expected", [
     ("v5e:2x4", slice(None), "v5e:2x4"), ("v5p:2x2x2", slice(None), "v5p:2x2x2"), ("v6e:2x4", slice(0, 2), "v6e:2x1"),
-    ("v6e:2x4", slice(0, 3), "this machine"),
+    ("v6e:2x4", slice(0, 3), "this machine"), ("2*v5e:2x2", slice(None), "2*v5e:2x2"),
 ])  # fmt: skip
 def test_chips_of_this_machine_have_the_name_of_their_slice(name, taken, expected):
-    devices = topology_devices(name)[taken]
+    slices, _, of_one = name.rpartition("*")
+    devices = topology_devices(of_one, int(slices or 1))[taken]
     found = here(devices)
-    assert (found.name, found.chips, found.chip.name) == (expected, len(devices), name[:3])
+    assert (found.name, found.chips, found.chip.name) == (expected, len(devices), of_one[:3])
     assert found.has_name == (expected != "this machine")
     assert here(jax.devices()) is None
 
@@ -291,7 +293,8 @@ def test_a_plan_is_compiled_in_a_process_of_its_own(compiled, model_15m, monkeyp
     program = compiled[1]
     arguments = ["plan", "--config", "sft", f"--config.model.path={model_15m}", "--config.model.compute_dtype=bfloat16",
                  "--config.train.remat=full", f"--config.loss.chunk={CHUNK}", f"--config.train.batch_size={ROWS}",
-                 f"--config.data.max_length={LENGTH}", "--config.train.max_steps=7", "--config.evaluators=()"]
+                 f"--config.data.max_length={LENGTH}", "--config.train.max_steps=7", "--config.evaluators=()",
+                 "--config.eval.patience=3", "--config.eval.every=5"]  # which needs an evaluator to run, none to plan
     assert main([*arguments, "--topology=v5e:2x2", f"--json={tmp_path / 'plan.json'}"]) == 0
     found = json.loads((tmp_path / "plan.json").read_text())
     assert found["memory"]["total"] == pytest.approx(program.memory.peak, rel=0.01)  # it packs no segments beside
@@ -302,8 +305,8 @@ def test_a_plan_is_compiled_in_a_process_of_its_own(compiled, model_15m, monkeyp
     monkeypatch.setenv("LIBTPU_INIT_ARGS", "--no_such_option=1")  # libtpu ends its process, without a Python error
     assert main([*arguments, "--topology=v5e:2x2"]) == 1
     said = capsys.readouterr().err
-    assert said.startswith("itune: v5e:2x2: the compiler ended its process with exit code 1, saying: ERROR: Unknown ")
-    assert said.count("\n") == 2 and "no_such_option" in said and "--formula" in said
+    assert said.startswith("itune: v5e:2x2: the process that compiles ended with exit code 1, saying: ERROR: Unknown ")
+    assert said.count("\n") == 1 and "no_such_option" in said
 
 
 def test_without_libtpu_the_message_says_what_to_install(monkeypatch):
@@ -315,6 +318,16 @@ def test_without_libtpu_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setattr(topologies, "get_topology_desc", absent)
     with pytest.raises(InputError, match=r"Unknown backend tpu.*pip install libtpu"):
         topology_devices("v5e:2x2")
+
+
+def test_the_end_of_the_compiler_is_told_in_its_own_words():
+    said = "W1128 10:00 a.cc:1] slow\nF1128 10:00:00.1 7 fusion_util.cc:5409] Check failed: split\n*** trace ***\n"
+    aborted = _ended(-signal.SIGABRT, said)
+    assert aborted.startswith("the compiler ended its process by SIGABRT, saying: Check failed: split\n")
+    assert "Change the mesh" in aborted
+    assert "runs out of memory" in _ended(-signal.SIGKILL, said)
+    other = _ended(1, "Traceback\nImportError: no jax\n")
+    assert other == "the process that compiles ended with exit code 1, saying: ImportError: no jax"
 
 
 def test_a_step_that_does_not_fit_is_bad_input():

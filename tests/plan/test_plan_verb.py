@@ -17,6 +17,7 @@ from itune.cli import main
 from itune.config import load_config
 from itune.models import load_model
 from itune.optim import make_optimizer
+from itune.plan.apart import OutOfTime
 from itune.plan.check import one_line
 from itune.plan.chips import CHIPS, parse_topology
 from itune.plan.estimate import estimate, hardware_flops, model_flops, prices
@@ -129,7 +130,9 @@ def test_candidates_keep_what_the_config_says_of_context_and_try_both_uses_of_sl
     assert {c.mesh.data * c.mesh.fsdp * c.mesh.tensor for c in found} == {8}
     shared = next(c for c in found if c.mesh.dcn_fsdp == 2)
     assert "--config.mesh.dcn_fsdp=2" in overrides(shared) and "--config.mesh.context=2" in overrides(shared)
-    assert not any("dcn_data" in option for option in overrides(shared))
+    assert "--config.mesh.dcn_data=1" in overrides(shared)  # the config may say 2
+    with pytest.raises(InputError, match=r"mesh\.context=3 does not divide the 16 devices of a slice"):
+        list(candidates(config_8b(llama, mesh__context=3), where))
 
 
 @pytest.fixture
@@ -176,24 +179,26 @@ def test_search_leaves_out_what_the_compiler_dies_of(llama, monkeypatch):
     def apart(config, where, facts, table, seconds):
         assert 500 < seconds <= 570
         tried.append(config)
-        if len(tried) != survivor:
-            raise RunError("v6e:2x4: the compiler ended its process by SIGABRT, saying: Check failed")
+        found = outcome.get(len(tried), outcome[0])
+        if isinstance(found, Exception):
+            raise found
         return formula_report(config, where, facts, table)
 
     monkeypatch.setattr("itune.plan.search.compiled_apart", apart)
     config, where = config_8b(llama, train__batch_size=64), parse_topology("v6e:2x4")
-    for survivor in (3, 0):
-        tried, said = [], []
-        arguments = config, where, known(config), {}, True, said.append
-        if survivor:
-            found = search(*arguments)
-            assert (len(found["tried"]), found["runner_up"]) == (1, None)
-            assert found["best"]["settings"]["remat"] == tried[2].train.remat
-            assert sum("left out; v6e:2x4: the compiler ended" in line for line in said) == 4
-        else:
-            with pytest.raises(RunError, match="ended its process on each of the best"):
-                search(*arguments)
-        assert len(tried) == 5
+    died = RunError("v6e:2x4: the compiler ended its process by SIGABRT, saying: Check failed")
+    tried, said, outcome = [], [], {0: died, 3: None, 4: InputError("a width that does not divide")}
+    found = search(config, where, known(config), {}, True, said.append)
+    assert (len(tried), len(found["tried"]), found["runner_up"]) == (5, 1, None)
+    assert found["best"]["settings"]["remat"] == tried[2].train.remat
+    assert sum("left out; v6e:2x4: the compiler ended" in line for line in said) == 3
+    tried, outcome = [], {0: died}
+    with pytest.raises(RunError, match="took none of the best"):
+        search(config, where, known(config), {}, True, said.append)
+    tried, said, outcome = [], [], {0: OutOfTime("v6e:2x4: not compiled within 570 s"), 1: died}
+    found = search(config, where, known(config), {}, True, said.append)
+    assert (len(tried), len(found["tried"])) == (2, 4), "those that nobody compiled stay by formula"
+    assert any("not compiled in what was left" in line for line in said)
 
 
 def test_of_equally_fast_plans_the_one_that_exchanges_least_is_first(llama):

@@ -20,8 +20,9 @@ case "$*" in
   *queued-resources\ describe*)
     now=$(head -n 1 states.txt)
     case $now in
-      LOGIN) echo "ERROR: Reauthentication failed." >&2 ;;
-      ABSENT) echo "ERROR: (gcloud) NOT_FOUND: Resource was not found" >&2 ;;
+      LOGIN) printf 'ERROR: (gcloud) Your default credentials were not found.\n- log in\n' >&2 ;;
+      ABSENT) echo "ERROR: (gcloud) NOT_FOUND: Resource 'projects/p/queuedResources/tune' was not found" >&2 ;;
+      EMPTY) ;;
       *) echo "WARNING: a new gcloud is there" >&2; echo "$now" ;;
     esac
     [ "$(wc -l < states.txt)" -gt 1 ] && sed -i 1d states.txt
@@ -111,7 +112,7 @@ def test_a_failed_request_is_the_end(stand_in):
 
 def test_create_waits_through_looks_without_an_answer(stand_in):
     done = stand_in("create", "--poll", "0", states="LOGIN ACTIVE")
-    assert done.returncode == 0 and "no answer about tune: ERROR: Reauthentication failed." in done.stderr
+    assert done.returncode == 0 and "no answer about tune: ERROR: (gcloud) Your default cred" in done.stderr
     assert stand_in("create", "--poll", "0", states="ABSENT").returncode == 1
 
 
@@ -133,6 +134,7 @@ def test_setup_copies_the_checkout_to_every_worker(stand_in, tmp_path):
 @pytest.mark.parametrize("old", [False, True], ids=["new", "3.10"])
 def test_setup_brings_a_python_where_the_image_has_an_old_one(stand_in, old):
     assert stand_in("setup", "--revision", "HEAD", TOO_OLD=str(int(old))).returncode == 0
+    assert stand_in("setup", "--revision", "HEAD", TOO_OLD=str(int(old))).returncode == 0  # takes what is there
     asked = (stand_in.home / "pythons.txt").read_text().splitlines()
     wanted = "python3 -m uv venv -q --clear --seed --python 3.12" if old else "python3 -m venv"
     assert asked[-1].startswith(wanted)
@@ -182,14 +184,14 @@ def test_watch_begins_again_after_a_preemption(stand_in, tmp_path):
         states="ACTIVE ACTIVE SUSPENDED ACTIVE",
     )
     assert done.returncode == 0, done.stderr
-    assert "tune was taken back (SUSPENDED" in done.stdout and "the command is done" in done.stdout
+    assert "does not run (TPU: SUSPENDED" in done.stdout and "the command is done" in done.stdout
     assert finished.read_text() == "resumed\n"
     words = [next((w for w in ("delete", "create", "scp") if f" {w} " in call), "") for call in stand_in.calls()]
     assert [word for word in words if word] == ["delete", "create", "scp"]
 
 
 def test_watch_leaves_a_tpu_alone_that_it_hears_nothing_of(stand_in):
-    done = stand_in("run", "--watch", "--poll", "0.2", "--", "sleep", "1", states="ACTIVE LOGIN LOGIN ACTIVE")
+    done = stand_in("run", "--watch", "--poll", "0.2", "--", "sleep", "1", states="ACTIVE LOGIN EMPTY CREATING ACTIVE")
     assert done.returncode == 0, done.stderr
     assert "no answer about tune" in done.stderr and "the command is done" in done.stdout
     assert not any(" delete " in call or " create " in call for call in stand_in.calls())
@@ -205,9 +207,28 @@ def test_watch_asks_again_where_no_tpu_came_after_a_preemption(stand_in):
     assert sum(" create " in call for call in stand_in.calls()) == 2
 
 
+def test_watch_mounts_the_bucket_again_on_a_worker_that_was_restarted(stand_in):
+    """Its job.pid names a process that is gone; what runs on other workers ends before all begin again."""
+    command = "if [ -f second ]; then exit 0; fi; touch second; echo $$ > $HOME/left; sleep 30 & kill -9 $PPID; wait"
+    done = stand_in(
+        "run", "--watch", "--poll", "0.3", "--bucket", "gs://b", "--", "bash", "-c", command, states="ACTIVE",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "command: lost" in done.stdout and "the command is done" in done.stdout
+    assert (stand_in.home / "gcsfuse.txt").exists()
+    left = int((stand_in.home / "left").read_text())
+    assert not Path(f"/proc/{left}").exists() or "Z" in Path(f"/proc/{left}/stat").read_text().split()[2]
+
+
+@pytest.mark.parametrize(("type_", "message"), [("", "--type (or TPU_TYPE) is missing"), ("v9-4", "give --version")])
+def test_watch_asks_at_once_for_what_a_preemption_will_need(stand_in, type_, message):
+    done = stand_in("run", "--watch", "--", "true", TPU_TYPE=type_)
+    assert done.returncode == 2 and message in done.stderr and stand_in.calls() == []
+
+
 def test_watch_gives_up_after_so_many_tries(stand_in):
     done = stand_in("run", "--watch", "--poll", "0", "--tries", "2", "--", "sleep", "3", states="FAILED")
-    assert done.returncode == 1 and "taken back 2 times; giving up" in done.stderr
+    assert done.returncode == 1 and "2 attempts, and it does not run; giving up" in done.stderr
     assert sum(" create " in call for call in stand_in.calls()) == 2
 
 
