@@ -239,7 +239,10 @@ def test_kernels_of_experts_are_rounded_and_gathered_a_layer_at_a_time(rank, tmp
         "num_hidden_layers": layers, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "tie_word_embeddings": True,
         "vocab_size": 8192,
     }))  # fmt: skip
-    program = _compile(tmp_path, **{"lora.rank": rank})[1]
+    plan, program = _compile(tmp_path, **{"lora.rank": rank})
+    routers = count_flops(plan.step.trace(plan.state, plan.batch).jaxpr)["float32"]
+    forward = 2 * ROWS * LENGTH * width * experts * layers
+    assert routers == (3 if rank else 4) * forward, "products in float32 beside those of routers"
     rounded = {dims for dtype, dims in arrays(program.text) if dtype == "bf16"}
     assert (experts, inner, width) in {dims[-3:] for dims in rounded}, "nothing was gathered: the test looks elsewhere"
     stacks = {dims for dims in rounded if len(dims) == 4 and dims[0] == layers and LENGTH not in dims}
