@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -21,7 +20,7 @@ def experts(tiny: bool, **options: Any) -> dict[str, Any]:
 
 def _mixture_error(size: str, tokens: int = 512) -> dict[str, float]:
     """Largest differences of the layer's output and gradients, over the largest entry, in float32."""
-    config = dataclasses.replace(llama(size, None).config)
+    config = llama(size, None).config
     mixture: Any = config.kinds[0].experts
     layer = MoE(config, mixture, "float32", "float32", None)
     x_BLD = jax.random.normal(jax.random.key(0), (1, tokens, config.width))

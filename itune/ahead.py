@@ -13,7 +13,7 @@ import jax
 from itune.config import Config
 from itune.kept_step import Compiled, are_used, compile_step
 from itune.plan.inputs import stand_in
-from itune.setup_run import Plan, make_plan
+from itune.setup_run import Plan, make_plan, training_only
 
 
 class Ahead:
@@ -37,8 +37,7 @@ class Ahead:
             self._compiling = _beside(self._compile, tokenizer)
 
     def _compile(self, tokenizer: Any) -> Compiled:
-        judging = dataclasses.replace(self._config.eval, patience=0)  # the program does not judge
-        config = dataclasses.replace(self._config, evaluators=(), eval=judging)
+        config = training_only(self._config)
         data = stand_in(config, config.train.max_steps)
         data = dataclasses.replace(data, tokenizer=tokenizer or data.tokenizer)
         return compile_step(make_plan(config, data, lambda line: None), self._keep)

@@ -82,6 +82,11 @@ def prepare_data(config: Config, log: Log, tokenizer_known: Callable[[Any], None
     return Data(tokenizer, dataset, loader)
 
 
+def training_only(config: Config) -> Config:
+    """The config without what judges the run: what its train step is made from, with any data."""
+    return dataclasses.replace(config, evaluators=(), eval=dataclasses.replace(config.eval, patience=0))
+
+
 def make_plan(
     config: Config, data: Data, log: Log, devices: Sequence[Any] | None = None, *, scan: bool = True
 ) -> Plan:

@@ -151,12 +151,11 @@ def compiled_table(folder: Path, rows: dict[str, Any]) -> list[str]:
     for target, row in sorted(rows.items()):
         memory, flops = row["memory"], row["flops"]
         compiled, moved = row["compiled"], sorted(row["traffic"].items())
-        evaluation = f"{memory['evaluation'] / 2**30:.2f}" if memory["evaluation"] else "-"
         traffic = ", ".join(f"{kind} {size / 1e9:.1f}" for kind, size in moved if size > 5e7)
         lines.append(
             f"| {target.replace(' ', ', ').replace('@', ', ')} | {memory['total'] / 2**30:.2f} | "
             f"{report_of(folder, target, formula_report).need.total / 2**30:.2f} | "
-            f"{evaluation} | {'yes' if row['fits'] else 'no'} | "
+            f"{memory['evaluation'] / 2**30:.2f} | {'yes' if row['fits'] else 'no'} | "
             f"{flops['hardware'] / flops['model']:.2f} | {traffic} | {compiled['cpu_seconds']:.0f} |"
         )
     return [*lines, ""]

@@ -115,11 +115,16 @@ state() {
   rm -f "$errors"
 }
 
-create() {
+# what a request for a TPU needs: said before anything is done
+check_type() {
   [ -n "$type" ] || die "--type (or TPU_TYPE) is missing, such as v5litepod-16"
+  version=${version:-$(runtime)} || exit 2
+}
+
+create() {
+  check_type
   local ids=(--node-id "$name") now
   [ "$slices" = 1 ] || ids=(--node-count "$slices" --node-prefix "$name")
-  version=${version:-$(runtime)} || return 2
   tpu queued-resources create "$name" "${ids[@]}" --accelerator-type "$type" --runtime-version "$version" \
     ${spot:+--spot} || return 1
   [ -z "$dry" ] || { echo "# every $poll s, until it says ACTIVE:"; look; return; }
@@ -217,13 +222,12 @@ renew() { remove || true; create && prepare; }
 
 run() {
   local left=$tries now ended how
-  if [ -n "$watch" ]; then  # what a preemption will need
-    [ -n "$type" ] || die "--type (or TPU_TYPE) is missing, such as v5litepod-16: --watch asks for the TPU again"
-    version=${version:-$(runtime)} || exit 2
-  fi
+  [ -z "$watch" ] || check_type  # a preemption will need it
   start
-  [ -n "$watch$dry" ] || { echo "tpu_vm: started; see it with: scripts/tpu_vm.sh logs --name $name --zone $zone"; return; }
-  [ -n "$watch" ] || return 0
+  if [ -z "$watch" ]; then
+    [ -n "$dry" ] || echo "tpu_vm: started; see it with: scripts/tpu_vm.sh logs --name $name --zone $zone"
+    return
+  fi
   [ -z "$dry" ] || { echo "# every $poll s:"; look; job; echo "# after a preemption:"; renew; return; }
   while :; do
     now=$(state) ended=$(job)

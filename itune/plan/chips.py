@@ -57,8 +57,8 @@ CHIPS = {
     )
 }
 _WRAPS = {"v5e": 16, "v6e": 16, "v5p": 4}  # a ring closes along an axis of this many chips (a multiple of it)
-THIS_MACHINE = "this machine"
 _DIMENSIONS = {"v5e": 2, "v6e": 2, "v5p": 3}
+THIS_MACHINE = "this machine"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,6 @@ import dataclasses
 import importlib.util
 import math
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,11 +25,9 @@ from itune.plan.layout import Layout, lay_out
 from itune.plan.memory import Need, formula_memory
 from itune.plan.report import Report, lines
 from itune.plan.traffic import across_slices, formula_traffic
-from itune.setup_run import make_plan
+from itune.setup_run import Log, make_plan, training_only
 from itune.sharding import batch_sharding, rows_divisor
 from itune.types import Batch, InputError
-
-Log = Callable[[str], None]
 
 
 def plan(
@@ -86,8 +83,7 @@ def compiled_report(config: Config, where: Slice, facts: Known, table: dict[str,
     begun, cpu = time.perf_counter(), time.process_time()
     layout = lay_out(config, where.chips, facts.data.tokenizer.vocab_size)
     devices = topology_devices(where.name.rpartition("*")[2], where.slices)
-    training = dataclasses.replace(config, evaluators=(), eval=dataclasses.replace(config.eval, patience=0))
-    made = make_plan(training, facts.data, lambda line: None, devices)
+    made = make_plan(training_only(config), facts.data, lambda line: None, devices)
     turns = math.ceil(layout.tokens / min(config.loss.chunk, layout.tokens))
     with jax.default_matmul_precision("default"):
         traced = made.step.trace(made.state, made.batch)
@@ -131,8 +127,8 @@ def _evaluation(config: Config, made: Any) -> int:
     batch = Batch(*(jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding) for leaf in made.batch))
     try:
         trainable, frozen = made.state.trainable, made.state.frozen
-        with_adapters = {**frozen, ADAPTERS: trainable}  # Tuning.parameters would scale them, which has no shape
-        params = with_adapters if made.tuning.lora else made.tuning.parameters(trainable, frozen)
+        # not by Tuning.parameters where there are adapters: it scales them, and shapes cannot be scaled
+        params = {**frozen, ADAPTERS: trainable} if made.tuning.lora else made.tuning.parameters(trainable, frozen)
         lowered = token_step(made.model, config.loss.chunk).lower(params, {}, batch)
         return compile_lowered(lowered, "the evaluation step").memory.peak
     except DoesNotFit as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from itune.config import Config
@@ -18,11 +18,11 @@ from itune.plan.apart import OutOfTime, compiled_apart
 from itune.plan.chips import Slice
 from itune.plan.inputs import Known
 from itune.plan.report import Report, lines, settings_text, spell
+from itune.setup_run import Log, training_only
 from itune.types import InputError, RunError
 
 COMPILED = 5
-SECONDS = 570.0  # no compilation begins that would end later if it took as long as the longest before it
-Log = Callable[[str], None]
+SECONDS = 570.0  # no compilation goes on longer, nor begins if it would, taking as long as the longest before it
 SAME = 0.02  # two steps whose times differ by less are equally fast: the estimate knows no better
 REMATS: tuple[Literal["none", "dots", "full"], ...] = ("none", "dots", "full")
 
@@ -77,8 +77,7 @@ def compiled(
             log("search: out of time, the rest stays by formula")
             break
         try:
-            training_only = dataclasses.replace(candidate, evaluators=())
-            report = compiled_apart(training_only, where, facts, table, SECONDS - spent)
+            report = compiled_apart(training_only(candidate), where, facts, table, SECONDS - spent)
         except OutOfTime:
             log(f"  {settings_text(by_formula.settings)}: not compiled in what was left of {SECONDS:.0f} s")
             break

@@ -68,4 +68,4 @@ def test_search_for_an_8b_model(tmp_path):
     print(json.dumps(told), f"{time.process_time() - begun:.0f} CPU-seconds")
     assert found["best"]["fits"]
     times = [found[name]["seconds"]["step"] for name in ("best", "runner_up")]
-    assert times[0] <= 1.04 * times[1] or not found["runner_up"]["fits"]
+    assert times[0] <= 1.021 * times[1] or not found["runner_up"]["fits"]
