@@ -20,7 +20,7 @@ from itune.data.store import hash_of
 from itune.data.templates import ChatTemplate, load_tokenizer
 from itune.data.tokenizer import Tokenizer
 from itune.storage.cache import code_digest
-from itune.storage.fetch import local_folder
+from itune.storage.fetch import small_files
 from itune.types import InputError
 from itune.writers import write_atomically
 
@@ -32,13 +32,14 @@ def recall_tokenizer(path: str, chat_template: str = "", revision: str | None = 
     """`load_tokenizer(path, chat_template, revision)`, put off until more is asked than is remembered.
 
     What is remembered goes by the bytes of the folder's files and of the template's, by the libraries' releases and by
-    our code, so it is what would be read. A hub id is read at once: what it names may change.
+    our code, so it is what would be read.
     """
 
-    def load() -> Tokenizer:
-        return load_tokenizer(path, chat_template, revision)
+    folder = Path(small_files(path, revision))
 
-    folder = Path(local_folder(path))
+    def load() -> Tokenizer:
+        return load_tokenizer(str(folder), chat_template)
+
     if not folder.is_dir():
         return load()
     kept = cache_folder(cache_dir) / "tokenizers" / f"{_digest(folder, chat_template)}.json"

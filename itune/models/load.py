@@ -32,8 +32,8 @@ def load_model(
     remat: str = "none",
     vocab_size: int | None = None,
 ) -> Model:
-    """The Model of a folder or hub id from its config.json alone; no weights are read. See `load_pretrained`."""
-    folder = find_folder(path_or_repo, revision)
+    """The Model of a folder or hub id from its config.json alone: no weights are fetched. See `load_pretrained`."""
+    folder = find_folder(path_or_repo, revision, weights=False)
     return _model(folder, mesh, param_dtype, compute_dtype, attention, remat, vocab_size)[0]
 
 

@@ -12,10 +12,9 @@ from pathlib import Path, PurePosixPath
 
 from itune.storage.bucket import Bucket, is_url, reaching
 from itune.storage.cache import cache_folder, locked
+from itune.storage.hub import MODEL_FILES, hub_folder, is_hub_id, is_read
 from itune.types import InputError
 
-# of a model folder: weights, configuration and tokenizer; no pickles, no second copies
-MODEL_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja"]
 _GLOB = "*?["
 
 
@@ -41,19 +40,32 @@ def local_files(url: str, suffixes: Sequence[str], key: str) -> list[str]:
             return list(pool.map(lambda name: str(_object(f"{bucket.url}/{name}", key)), names))
 
 
-def local_folder(path: str, key: str = "model.path") -> str:
+def local_folder(path: str, key: str = "model.path", weights: bool = True) -> str:
     """A path as it is; the local copy of a model or adapter folder in a bucket. A process looks once for each.
 
-    The copy is a folder of its own for each state of the objects, and appears there whole or not at all.
+    The copy is a folder of its own for each state of the objects, and appears there whole or not at all. Without
+    `weights` it has all but them: enough to plan and to prepare data.
     """
-    return _fetched_folder(path, key) if is_url(path) else path
+    return _fetched_folder(path, key, weights) if is_url(path) else path
+
+
+def small_files(path: str, revision: str | None = None) -> str:
+    """The folder with a model's configuration and tokenizer: the one here, or a copy without weights.
+
+    Of a bucket's or a hub id's, in the cache; a path that is none of them stays as it is. Raises InputError where
+    bucket or hub do not give it.
+    """
+    path = local_folder(path, weights=False)
+    if Path(path).exists() or not is_hub_id(path):
+        return path
+    return str(hub_folder(path, revision, weights=False))
 
 
 @functools.lru_cache(maxsize=64)
-def _fetched_folder(url: str, key: str) -> str:
+def _fetched_folder(url: str, key: str, weights: bool) -> str:
     with reaching(f"{key}: {url}"):
         bucket = Bucket(url)
-        return str(_steady(bucket, "", PurePosixPath(bucket.path).name, key))
+        return str(_steady(bucket, "", PurePosixPath(bucket.path).name, key, weights))
 
 
 def _object(url: str, key: str) -> Path:
@@ -61,22 +73,22 @@ def _object(url: str, key: str) -> Path:
     return _steady(Bucket(home), name, name, key) / name
 
 
-def _steady(bucket: Bucket, name: str, label: str, key: str) -> Path:
+def _steady(bucket: Bucket, name: str, label: str, key: str, weights: bool = True) -> Path:
     """The cache's copy of one object, or without a name of a model's; fetched again where one changed on the way."""
     for _ in range(3):
-        found = _wanted(bucket, name)
+        found = _wanted(bucket, name, weights)
         if not found:
             expected = f"no object {name}" if name else f"no model there: no object is of {', '.join(MODEL_FILES)}"
             raise InputError(f"{key}: {bucket.url}: {expected}")
         folder = _cached(bucket, found, label)
-        if _wanted(bucket, name) == found:
+        if _wanted(bucket, name, weights) == found:
             return folder
     raise InputError(f"{key}: {bucket.url}/{name} changes while it is read; wait until it is complete")
 
 
-def _wanted(bucket: Bucket, name: str) -> dict[str, str]:
+def _wanted(bucket: Bucket, name: str, weights: bool) -> dict[str, str]:
     return {each: version for each, version in bucket.list(name).items()
-            if (each == name if name else any(fnmatch.fnmatchcase(each, pattern) for pattern in MODEL_FILES))}
+            if (each == name if name else is_read(each, weights))}
 
 
 def _cached(bucket: Bucket, found: Mapping[str, str], label: str) -> Path:

@@ -158,31 +158,6 @@ def test_vocabulary_grows_with_the_mean_of_its_rows(wide, tmp_path, shape, caplo
     )  # a size below the file's keeps the file's
 
 
-class Hub:
-    """Stands in for huggingface_hub.snapshot_download."""
-
-    def __init__(self, answer):
-        self.answer, self.calls = answer, []
-
-    def __call__(self, repo, **options):
-        self.calls.append((repo, options))
-        if isinstance(self.answer, Exception):
-            raise self.answer
-        return str(self.answer)
-
-
-def test_hub_id_is_pinned_and_brings_no_pickle(base_folder, monkeypatch):
-    import huggingface_hub
-
-    hub = Hub(base_folder)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
-    itune.models.load_model("org/some-model", revision="abc123")
-    ((repo, options),) = hub.calls
-    assert (repo, options["revision"]) == ("org/some-model", "abc123")
-    assert "*.safetensors" in options["allow_patterns"]
-    assert not [p for p in options["allow_patterns"] if p == "*" or p.endswith((".bin", ".pt", ".py"))]
-
-
 def test_offline_hub_is_one_clear_error():
     with pytest.raises(InputError) as error:  # HF_HUB_OFFLINE is set for the tests
         itune.models.load_model("org/not-here", revision="v1")

@@ -74,8 +74,15 @@ def assert_close(wanted, found, tolerance=2e-5):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, atol=tolerance * scale, rtol=1e-5), wanted, found)
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
-@pytest.mark.parametrize("case", CASES)
+def grid(fewer, rest):
+    """The pairs that every run of the tests takes, and the rest for the soak."""
+    return [pytest.param(*pair, marks=() if pair in fewer else pytest.mark.soak) for pair in rest]
+
+
+REMAT = [(case, remat) for remat in ("none", "dots", "full") for case in CASES]
+
+
+@pytest.mark.parametrize("case, remat", grid([*REMAT[:6], ("stacked", "dots"), ("two_kinds", "full")], REMAT))
 def test_losses_and_gradients_are_those_of_the_whole_model(make_model, random_params, mesh, case, remat):
     model = make_model(mesh=mesh, remat=remat, **CASES[case])
     params = random_params(model)
@@ -91,8 +98,10 @@ def test_layers_that_are_not_stacked(make_model, random_params, mesh, case):
     assert_close(values(unroll(model), params), values(Shortened(unroll(model)), params))
 
 
-@pytest.mark.parametrize("case", ["stacked", "two_kinds", "all_differ"])
-@pytest.mark.parametrize("targets", [".*_proj", "attention/q_proj"])
+TARGETS = [(case, which) for which in (".*_proj", "attention/q_proj") for case in [*CASES][:2] + ["all_differ"]]
+
+
+@pytest.mark.parametrize("case, targets", grid(TARGETS[:4], TARGETS))
 def test_adapters_train_beside_a_frozen_base(make_model, mesh, case, targets):
     model = make_model(mesh=mesh, **CASES[case])
     params, lora = model.init(jax.random.key(0)), Lora(rank=2, targets=targets)

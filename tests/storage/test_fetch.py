@@ -15,7 +15,7 @@ import pytest
 from itune.cli import main
 from itune.data.sources import open_sources
 from itune.data.templates import load_tokenizer
-from itune.models import load_pretrained
+from itune.models import load_model, load_pretrained
 from itune.storage.bucket import Bucket
 from itune.storage.cache import cache_folder
 from itune.storage.fetch import local_folder
@@ -120,7 +120,14 @@ def test_a_model_of_a_bucket_is_the_model_of_the_folder(memory, fetched, base_fo
     tokenizer = load_tokenizer("memory://b/models/base", "chatml")
     assert tokenizer.fingerprint == load_tokenizer(str(base_folder), "chatml").fingerprint
     assert tokenizer.stop_ids == load_tokenizer(str(base_folder), "chatml").stop_ids
-    assert len(fetched) == len(set(fetched)) and not any(name.endswith(".bin") for name in fetched)
+    assert [name for name in fetched if name.endswith((".bin", ".safetensors"))] == ["/b/models/base/model.safetensors"]
+
+
+def test_to_plan_no_weights_are_fetched_from_a_bucket(memory, fetched, base_folder):
+    upload(memory, base_folder, "/b/models/base")
+    assert load_model("memory://b/models/base") == load_model(base_folder)
+    load_tokenizer("memory://b/models/base", "chatml")
+    assert len(fetched) == len(set(fetched)) and not any(name.endswith(".safetensors") for name in fetched)
 
 
 def test_a_model_appears_in_the_cache_whole_or_not_at_all(memory, base_folder, monkeypatch):

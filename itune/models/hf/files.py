@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import os
-import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from itune.storage.fetch import MODEL_FILES, local_folder
+from itune.storage.fetch import local_folder
+from itune.storage.hub import hub_folder, is_hub_id
 from itune.types import InputError
 
 DTYPES: dict[str, Any] = {
@@ -42,21 +42,21 @@ class Tensor:
     scales: Tensor | None = None
 
 
-def find_folder(path_or_repo: str | os.PathLike, revision: str | None = None) -> Path:
-    """The folder of a checkpoint: a local one, or the copy of a bucket's or a hub id's (weights, JSON, tokenizer)."""
-    given = local_folder(str(path_or_repo))
+def find_folder(path_or_repo: str | os.PathLike, revision: str | None = None, weights: bool = True) -> Path:
+    """The folder of a checkpoint: a local one, or the copy of a bucket's or a hub id's (JSON, tokenizer, `weights`)."""
+    given = local_folder(str(path_or_repo), weights=weights)
     if Path(given).is_dir():
         return Path(given)
     if Path(given).exists():
         raise InputError(
             f"model.path: {given} is a file; expected a folder with config.json and safetensors, or a hub id"
         )
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", given) or given.startswith(".") or given.count("/") > 1:
+    if not is_hub_id(given):
         raise InputError(
             f"model.path: no folder {given}; expected a folder with config.json and safetensors, or a hub id"
             f"{_beside(given)}"
         )
-    return _download(given, revision)
+    return hub_folder(given, revision, weights)
 
 
 def _beside(given: str) -> str:
@@ -66,22 +66,6 @@ def _beside(given: str) -> str:
     names = [p.name for p in parent.iterdir() if p.is_dir()] if parent.is_dir() else []
     near = difflib.get_close_matches(Path(given).name, names, n=1)
     return f"; nearest folder: {parent / near[0]}" if near else ""
-
-
-def _download(repo: str, revision: str | None) -> Path:
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    at = f" at revision {revision}" if revision else ""
-    try:
-        return Path(huggingface_hub.snapshot_download(repo, revision=revision or None, allow_patterns=MODEL_FILES))
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(
-            f"model.path: no folder {repo} here, and {repo}{at} is not to be had from the hub "
-            f"({type(error).__name__}: {reason}); give a local folder, "
-            "check the id and the revision, or run where the hub is reachable"
-        ) from error
 
 
 def read_json(file: Path) -> dict[str, Any]:
