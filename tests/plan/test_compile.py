@@ -209,6 +209,7 @@ def test_gradients_are_summed_over_devices_in_float32(compiled):
 
 
 @needs_libtpu
+@pytest.mark.soak
 def test_adapters_beside_normed_queries_compile(tmp_path):
     """libtpu 0.0.52 aborted: LoRA of Qwen3-0.6B on v5p:2x2x1, of Qwen3-8B on v5e:2x2 as well."""
     (tmp_path / "config.json").write_text(json.dumps({
@@ -226,7 +227,7 @@ def test_adapters_beside_normed_queries_compile(tmp_path):
 
 
 @needs_libtpu
-@pytest.mark.parametrize("rank", [0, 16], ids=["full", "lora"])
+@pytest.mark.parametrize("rank", [pytest.param(0, id="full"), pytest.param(16, id="lora", marks=pytest.mark.soak)])
 def test_kernels_of_experts_are_rounded_and_gathered_a_layer_at_a_time(rank, tmp_path):
     """Whole stacks of them, rounded before the scan over layers, took a quarter of a chip; those of narrow adapters
     eight times their size, since a TPU pads rows to 128. Their gradients are summed in float32 (contract 3)."""
