@@ -49,9 +49,15 @@ def build(folder: Path, section: Any, sources: list[Source], eval_sources: list[
         os.rename(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    drops = ", ".join(f"{count:,} {reason}" for reason, count in report["dropped"].items()) or "none"
+    held = report["held_out"]["report"]
+    apart = f"; held out: {held['rows']:,} rows -> {held['examples']:,} items{_left_out(held)}" if held["rows"] else ""
     log(f"data: {report['rows']:,} rows -> {report['examples']:,} examples, {report['tokens']:,} tokens "
-        f"({report['supervised_tokens']:,} supervised), left out: {drops}; {time.monotonic() - started:.1f} s")
+        f"({report['supervised_tokens']:,} supervised){_left_out(report)}{apart}; {time.monotonic() - started:.1f} s")
+
+
+def _left_out(report: Mapping[str, Any]) -> str:
+    drops = ", ".join(f"{count:,} {reason}" for reason, count in report["dropped"].items()) or "none"
+    return f", left out: {drops}"
 
 
 @contextlib.contextmanager

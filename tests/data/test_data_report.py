@@ -83,6 +83,23 @@ def test_the_page_stands_alone_and_tells_everything(config, tmp_path):
     assert any("held out" in line for line in said)
 
 
+def test_the_printed_counts_add_up(config, write_rows, tmp_path):
+    """Rows are trained on, held out, or left out for a reason; so are those held out, which may be too long too."""
+    rows = [row(i, voice="x") for i in range(40)] + [row(i, completion="x " * 400) for i in range(40, 50)]
+    chosen, said = config(held_out_by="", held_out_share=0.5), []
+    write_rows(rows)  # in place of those of the config
+    verbs.report(chosen, str(tmp_path / "out"), said.append)
+    whole = re.match(
+        r"data: (\d+) rows -> (\d+) examples, .* left out: (\d+) longer than data.max_length \(128 tokens\)"
+        r"(?:, (\d+) [^;]*)?; held out: (\d+) rows -> (\d+) items, left out: (\d+) longer than",
+        said[0],
+    )
+    assert whole, said[0]
+    read, trained, long, other, held, items, held_long = (int(each or 0) for each in whole.groups())
+    assert read == 50 == trained + long + other + held
+    assert held == items + held_long and min(long, held_long) > 0 and long + held_long == 10
+
+
 def test_a_limit_that_is_exceeded_is_on_the_page_and_in_the_exit(config, tmp_path):
     with pytest.raises(RunError, match=r"beyond 1 of the limits: data\.limits\.personal"):
         verbs.report(config(limits={"personal": 0.0}), str(tmp_path / "out"), log=lambda _: None)
