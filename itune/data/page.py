@@ -187,7 +187,10 @@ def _held_out(held: Mapping[str, Any], proof: Mapping[str, Any]) -> str:
     by = f" They are {held['share']:.0%} of the groups by {html.escape(held['by'])}." if held["by"] else ""
     reasons = ", ".join(f"{count:,} by {name}" for name, count in held["removed_by"].items()) or "none"
     compared = f"{held['training_rows_compared']:,} training rows were compared with them by "
-    text = (f"<p>{held['items']:,} items, {held['prompts']:,} different prompts.{by} {compared}"
+    dropped = held["report"]["dropped"]
+    gone = html.escape(", ".join(f"{count:,} {reason}" for reason, count in dropped.items()))
+    gone = f" Held out and not judged by: {gone}." if gone else ""
+    text = (f"<p>{held['items']:,} items, {held['prompts']:,} different prompts.{by}{gone} {compared}"
             f"{', '.join(held['methods'])}; removed: {reasons}. "
             f"The closest pair left has a similarity of {held['highest_score']:.2f}.</p>")  # fmt: skip
     scores = [item["score"] for item in proof.get("items", [])]

@@ -98,6 +98,8 @@ def test_the_printed_counts_add_up(config, write_rows, tmp_path):
     read, trained, long, other, held, items, held_long = (int(each or 0) for each in whole.groups())
     assert read == 50 == trained + long + other + held
     assert held == items + held_long and min(long, held_long) > 0 and long + held_long == 10
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert f"Held out and not judged by: {held_long} longer than data.max_length (128 tokens)." in page
 
 
 def test_a_limit_that_is_exceeded_is_on_the_page_and_in_the_exit(config, tmp_path):
