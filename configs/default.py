@@ -128,7 +128,7 @@ def get_config() -> ConfigDict:
     c.lora.targets = r".*_proj"  # regular expression that a module's whole name matches: q_proj or attention/q_proj
     c.lora.dropout = 0.0  # share of an adapter's input entries that training zeroes
     c.lora.rslora = False  # scale by alpha / sqrt(rank)
-    c.lora.init_from = ""  # adapter folder of peft to start from; "" starts new adapters
+    c.lora.init_from = ""  # adapter folder of peft (folder, URL or hub id) to start from; "" starts new adapters
 
     c.mesh = ConfigDict()
     c.mesh.data = 1  # copies of the model; -1 takes the devices that the other axes leave

@@ -84,7 +84,7 @@ class LoraSection:
     targets: str = _key(r".*_proj", "regular expression over module names")
     dropout: float = _key(0.0, "share of an adapter's input entries", 0.0, 0.9)
     rslora: bool = _key(False, "yes or no")
-    init_from: str = _key("", "adapter folder of peft")
+    init_from: str = _key("", "adapter folder of peft or hub id")
 
 
 @dataclasses.dataclass(frozen=True)

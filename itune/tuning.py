@@ -33,13 +33,20 @@ class Tuning:
     lora: Lora | None = None
     init_from: str = ""
 
-    def divide(self, params: Any, seed: int) -> tuple[Any, Any]:
-        """(trainable, frozen) of all parameters, which are not copied; new adapters follow from `seed`."""
+    def divide(self, load: Callable[[], Any], seed: int) -> tuple[Any, Any]:
+        """(trainable, frozen) of all parameters, which `load` gives and which are not copied, as training begins.
+
+        New adapters follow from `seed`; those of `init_from` are read first, so that a fault of theirs is found soon.
+        """
         if self.lora is None:
-            return self._halves(params)
+            return self._halves(load())
         if self.init_from:
-            return read_adapter(self.init_from, self.model, self.lora), params
-        return init_adapters(self.model, self.lora, jax.random.key(seed)), params
+            return read_adapter(self.init_from, self.model, self.lora), load()
+        return init_adapters(self.model, self.lora, jax.random.key(seed)), load()
+
+    def frozen(self, params: Any) -> Any:
+        """What stays, of all parameters."""
+        return self._halves(params)[1] if self.lora is None else params
 
     def abstract(self) -> tuple[Any, Any]:
         """(trainable, frozen) as ShapeDtypeStructs with the shardings of the model's mesh."""

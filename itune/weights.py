@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ Log = Callable[[str], None]
 
 def first_state(plan: Plan, tokenizer: Any, log: Log) -> TrainState:
     """The state of step 0: the parameters of the model or of `train.init_from`, divided; new adapters where asked."""
-    params = base_weights(plan.config, plan.model, tokenizer, log)
-    trainable, frozen = plan.tuning.divide(params, plan.config.seed)
+    load = functools.partial(base_weights, plan.config, plan.model, tokenizer, log)
+    trainable, frozen = plan.tuning.divide(load, plan.config.seed)
     return init_state(plan.model, trainable, plan.optimizer, plan.config.seed, plan.mesh, frozen=frozen or None)
 
 
@@ -34,7 +35,7 @@ def resumed_state(plan: Plan, store: Store, step: int, tokenizer: Any, log: Log)
     state = store.restore(step, plan.state.replace(frozen={}))
     if not plan.state.frozen:
         return state
-    frozen = plan.tuning.divide(base_weights(plan.config, plan.model, tokenizer, log), plan.config.seed)[1]
+    frozen = plan.tuning.frozen(base_weights(plan.config, plan.model, tokenizer, log))
     check_frozen(frozen, store.read(step).data, plan.config)
     return state.replace(frozen=frozen)
 
@@ -61,7 +62,7 @@ def saved_halves(config: Config, model: Any, tokenizer: Any, store: Store, step:
     trainable, frozen = tuning.abstract()
     trainable = store.restore_part(step, "trainable", trainable)
     if frozen:
-        frozen = tuning.divide(base_weights(config, model, tokenizer, log), config.seed)[1]
+        frozen = tuning.frozen(base_weights(config, model, tokenizer, log))
         check_frozen(frozen, store.read(step).data, config)
     return trainable, frozen
 

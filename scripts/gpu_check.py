@@ -179,7 +179,7 @@ def measure_training(
     tuning = Tuning(model, lora=lora)
     objective = make_sft(model, chunk=chunk, parameters=tuning.parameters)
     step = make_train_step(objective, optimizer, schedule, mesh, stochastic_rounding=stochastic_rounding)
-    trainable, frozen = tuning.divide(model.init(jax.random.key(0)), seed=0)
+    trainable, frozen = tuning.divide(lambda: model.init(jax.random.key(0)), seed=0)
     state = init_state(model, trainable, optimizer, 0, mesh, frozen=frozen or None)
     del trainable, frozen
     return time_steps(step, state, model, batches, mesh, steps, warm_up, tuning.train_flops())

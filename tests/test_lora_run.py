@@ -15,6 +15,7 @@ import torch
 import transformers
 from load_script import load_script
 
+from itune import weights
 from itune.chat import load_speaker
 from itune.checkpoint import Store
 from itune.cli import main
@@ -98,9 +99,9 @@ def test_a_base_that_is_no_longer_the_same_is_refused(inputs, run, tmp_path):
     config = (copy / "config.json").read_text()
     (copy / "config.json").write_text(config.replace(str(inputs / "model"), str(model)))
     assert load_run(copy).step == 6
-    weights = bytearray((model / "model.safetensors").read_bytes())
-    weights[-2] ^= 1
-    (model / "model.safetensors").write_bytes(weights)
+    held = bytearray((model / "model.safetensors").read_bytes())
+    held[-2] ^= 1
+    (model / "model.safetensors").write_bytes(held)
     with pytest.raises(InputError, match="model: its weights are not those that this run began with"):
         load_run(copy)
 
@@ -142,9 +143,22 @@ def test_the_adapter_of_peft_goes_on(inputs, run, tmp_path):
     assert loaded.tuning.lora.rank == 4 and set(loaded.params) > {"lora", "embed"}
     section = dataclasses.replace(loaded.config.lora, init_from=str(tmp_path / "adapter"))
     tuning = make_tuning(dataclasses.replace(loaded.config, lora=section), loaded.model)
-    begun = tuning.divide(loaded.halves[1], seed=1)
+    begun = tuning.divide(lambda: loaded.halves[1], seed=1)
     jax.tree.map(np.testing.assert_array_equal, begun[0], loaded.halves[0])
     assert begun[1] is loaded.halves[1]
+
+
+def test_what_adapters_began_with_is_read_once_and_before_the_weights(inputs, run, tmp_path, capsys, monkeypatch):
+    assert main(["export", "--workdir", str(run), "--out", str(tmp_path / "adapter"), "--adapter"]) == 0
+    begun = {"lora.init_from": tmp_path / "adapter"}
+    assert main(arguments(inputs, tmp_path / "run", 2, **begun)) == 0
+    shutil.rmtree(tmp_path / "adapter")
+    assert main(arguments(inputs, tmp_path / "run", 3, **begun)) == 0  # the checkpoint holds them
+    assert main(["export", "--workdir", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
+    monkeypatch.setattr(weights, "load_pretrained", lambda *given, **more: pytest.fail("hours for a large model"))
+    capsys.readouterr()
+    assert main(arguments(inputs, tmp_path / "other", 2, **begun)) == 2
+    assert f"lora.init_from: {tmp_path / 'adapter'} has no adapter_config.json" in capsys.readouterr().err
 
 
 def test_a_saved_run_is_judged_as_it_was_when_it_ended(inputs, run, tmp_path):

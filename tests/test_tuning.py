@@ -49,7 +49,7 @@ def make_batch():
 
 def steps(model, tuning, params, section=SECTION, count=2):
     """(state after some steps, gradient norm of the first)."""
-    trainable, frozen = tuning.divide(jax.device_put(params, model.shardings()), seed=0)
+    trainable, frozen = tuning.divide(lambda: jax.device_put(params, model.shardings()), seed=0)
     optimizer = make_optimizer(section, 10, tuning.abstract()[0])
     state = init_state(model, trainable, optimizer, 0, model.mesh, frozen=frozen or None)
     abstract = abstract_state(model, optimizer, model.mesh, trainable=tuning.abstract()[0], frozen=tuning.abstract()[1])

@@ -20,7 +20,7 @@ from itune.data.store import hash_of
 from itune.data.templates import ChatTemplate, load_tokenizer
 from itune.data.tokenizer import Tokenizer
 from itune.storage.cache import code_digest
-from itune.storage.fetch import small_files
+from itune.storage.fetch import model_folder
 from itune.types import InputError
 from itune.writers import write_atomically
 
@@ -35,7 +35,7 @@ def recall_tokenizer(path: str, chat_template: str = "", revision: str | None = 
     our code, so it is what would be read.
     """
 
-    folder = Path(small_files(path, revision))
+    folder = Path(model_folder(path, revision, weights=False))
 
     def load() -> Tokenizer:
         return load_tokenizer(str(folder), chat_template)

@@ -11,7 +11,7 @@ from typing import Any
 
 from itune.data.stops import source_stop_ids
 from itune.data.tokenizer import Tokenizer
-from itune.storage.fetch import small_files
+from itune.storage.fetch import model_folder
 from itune.types import InputError
 
 CHATML = """\
@@ -101,7 +101,7 @@ def load_tokenizer(path: str, chat_template: str = "", revision: str | None = No
     token, so that an exported model stops where it should.
     Raises InputError for a missing tokenizer, and for a missing template with the names available.
     """
-    path = small_files(path, revision)
+    path = model_folder(path, revision, weights=False)
     try:
         hf = _tokenizer_class(path).from_pretrained(path, revision=revision or None, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds for one finding: there is no usable tokenizer here

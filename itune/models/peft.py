@@ -21,7 +21,7 @@ from itune.models.hf.plan import stack_shape, tensor_names
 from itune.models.hf.read import read_slice
 from itune.models.lora import Lora, abstract_adapters, adapter_shardings, targets
 from itune.models.model import Model
-from itune.storage.fetch import local_folder
+from itune.storage.fetch import model_folder
 from itune.types import InputError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -68,9 +68,9 @@ def read_adapter(folder: str | os.PathLike, model: Model, lora: Lora) -> Any:
     Raises InputError where the folder is none, is of another kind, has other settings than `lora` or other tensors
     than `lora` and the model need: all of them listed.
     """
-    folder = Path(local_folder(str(folder), "lora.init_from"))
+    folder = Path(model_folder(str(folder), key="lora.init_from"))
     if not (folder / CONFIG).is_file():
-        raise InputError(f"lora.init_from: {folder} has no {CONFIG}; expected an adapter folder of peft")
+        raise InputError(f"lora.init_from: {folder} has no {CONFIG}; expected an adapter folder of peft, or its hub id")
     config = read_json(folder / CONFIG)
     _check_config(folder / CONFIG, config, lora)
     if not (folder / WEIGHTS).is_file():

@@ -49,16 +49,14 @@ def local_folder(path: str, key: str = "model.path", weights: bool = True) -> st
     return _fetched_folder(path, key, weights) if is_url(path) else path
 
 
-def small_files(path: str, revision: str | None = None) -> str:
-    """The folder with a model's configuration and tokenizer: the one here, or a copy without weights.
+def model_folder(path: str, revision: str | None = None, key: str = "model.path", weights: bool = True) -> str:
+    """The folder of a model or adapter: the one here, or the cache's copy of a bucket's or a hub id's.
 
-    Of a bucket's or a hub id's, in the cache; a path that is none of them stays as it is. Raises InputError where
-    bucket or hub do not give it.
+    A path that is none of these stays as it is. Without `weights`, see `local_folder`. Raises InputError, naming the
+    config `key`, where bucket or hub do not give it.
     """
-    path = local_folder(path, weights=False)
-    if Path(path).exists() or not is_hub_id(path):
-        return path
-    return str(hub_folder(path, revision, weights=False))
+    path = local_folder(path, key, weights)
+    return path if Path(path).exists() or not is_hub_id(path) else str(hub_folder(path, revision, key, weights))
 
 
 @functools.lru_cache(maxsize=64)

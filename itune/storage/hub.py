@@ -30,30 +30,34 @@ def is_hub_id(given: str) -> bool:
     return bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", given)) and not given.startswith(".")
 
 
-@functools.lru_cache(maxsize=64)
-def hub_folder(repo: str, revision: str | None = None, weights: bool = True) -> Path:
+def hub_folder(repo: str, revision: str | None = None, key: str = "model.path", weights: bool = True) -> Path:
     """The snapshot of a hub id: what is not in the cache is downloaded. Without `weights`, the small files only.
 
-    A process asks once which commit a revision is, so that weights and tokenizer are of the same. Raises InputError
-    where the hub does not have it, does not give it, or cannot be reached while the cache lacks it.
+    A process asks once which commit a revision is, so that weights and tokenizer are of the same. Raises InputError,
+    naming the config `key`, where the hub lacks it, does not give it, or cannot be reached while the cache lacks it.
     """
+    return _folder(repo, revision or None, key, weights)
+
+
+@functools.lru_cache(maxsize=64)
+def _folder(repo: str, revision: str | None, key: str, weights: bool) -> Path:
     if not weights:
-        return _snapshot(repo, revision, SMALL_FILES, tqdm_class=_silent())
-    return _snapshot(repo, hub_folder(repo, revision, weights=False).name, MODEL_FILES)
+        return _snapshot(repo, revision, key, SMALL_FILES, tqdm_class=_silent())
+    return _snapshot(repo, _folder(repo, revision, key, False).name, key, MODEL_FILES)
 
 
-def _snapshot(repo: str, revision: str | None, files: list[str], **options: Any) -> Path:
+def _snapshot(repo: str, revision: str | None, key: str, files: list[str], **options: Any) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     at = f" at revision {revision}" if revision else ""
     options |= {"allow_patterns": files, "ignore_patterns": SECOND_COPIES}
     try:
-        return Path(huggingface_hub.snapshot_download(repo, revision=revision or None, **options))
+        return Path(huggingface_hub.snapshot_download(repo, revision=revision, **options))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"model.path: no folder {repo} here, and {repo}{at} is not to be had from the hub "
+            f"{key}: no folder {repo} here, and {repo}{at} is not to be had from the hub "
             f"({type(error).__name__}: {reason}); give a local folder, "
             "check the id and the revision, or run where the hub is reachable"
         ) from error

@@ -71,6 +71,19 @@ def test_the_cache_is_enough_where_the_hub_cannot_be_reached(hub):
     assert run(gone, code) == first and len(given) == downloads
 
 
+def test_an_adapter_is_found_by_its_id(hub, tmp_path):
+    env, given, _ = hub
+    for name in ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "optimizer.pt"):
+        (tmp_path / "hub" / "org" / "adapter").mkdir(exist_ok=True)
+        (tmp_path / "hub" / "org" / "adapter" / name).write_text(name)
+    code = ("import os; from itune.storage.fetch import model_folder; from itune.types import InputError\n"
+            "print(sorted(os.listdir(model_folder('org/adapter', key='lora.init_from'))))\n"
+            "try: model_folder('org/adaptor', key='lora.init_from')\n"
+            "except InputError as error: print(str(error)[:55])")  # fmt: skip
+    assert run(env, code) == "lora.init_from: no folder org/adaptor here, and org/ada"
+    assert sorted(given) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
 @pytest.mark.parametrize("missing", ["org/not-here", "base"])
 def test_an_id_that_the_hub_lacks_is_one_message_of_each_verb(hub, missing, tmp_path):
     env, *_ = hub

@@ -13,8 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from itune.storage.fetch import local_folder
-from itune.storage.hub import hub_folder, is_hub_id
+from itune.storage.fetch import model_folder
 from itune.types import InputError
 
 DTYPES: dict[str, Any] = {
@@ -44,19 +43,13 @@ class Tensor:
 
 def find_folder(path_or_repo: str | os.PathLike, revision: str | None = None, weights: bool = True) -> Path:
     """The folder of a checkpoint: a local one, or the copy of a bucket's or a hub id's (JSON, tokenizer, `weights`)."""
-    given = local_folder(str(path_or_repo), weights=weights)
+    given = model_folder(str(path_or_repo), revision, weights=weights)
     if Path(given).is_dir():
         return Path(given)
+    expected = "expected a folder with config.json and safetensors, or a hub id"
     if Path(given).exists():
-        raise InputError(
-            f"model.path: {given} is a file; expected a folder with config.json and safetensors, or a hub id"
-        )
-    if not is_hub_id(given):
-        raise InputError(
-            f"model.path: no folder {given}; expected a folder with config.json and safetensors, or a hub id"
-            f"{_beside(given)}"
-        )
-    return hub_folder(given, revision, weights)
+        raise InputError(f"model.path: {given} is a file; {expected}")
+    raise InputError(f"model.path: no folder {given}; {expected}{_beside(given)}")
 
 
 def _beside(given: str) -> str:
