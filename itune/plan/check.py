@@ -7,6 +7,7 @@ from typing import Any
 from itune.config import Config
 from itune.plan.layout import layout_of
 from itune.plan.memory import formula_memory
+from itune.runtime.environment import machine_memory, resident_memory
 
 SURE = 1.15  # the formula is within 15 % of what is compiled
 
@@ -20,22 +21,26 @@ def one_line(config: Config, model: Any, mesh: Any, state: Any) -> str:
         f"{'s' if mesh.size > 1 else ''} (parameters {_gb(need.parameters)}, optimizer {_gb(need.optimizer)}, "
         f"gradients {_gb(need.gradients)}, activations {_gb(need.activations)}, other {_gb(need.temporaries)})"
     )
-    has = device_memory(device)
-    if not has:
-        return text
-    if need.total > has:
-        surely = "will not fit" if need.total > SURE * has else "may not fit"
-        return f"warning: {text}; it has {_gb(has)}: the run {surely}; see itune plan --search"
-    return f"{text} of {_gb(has)}"
+    if device.platform == "cpu":  # all of the process' devices share the machine's memory, the process' own data too
+        holds, has = resident_memory(), machine_memory()
+        takes = need.total * sum(each.process_index == device.process_index for each in mesh.devices.flat) + holds
+        text += f" beside {_gb(holds)} that the process holds; the machine has {_gb(has)}"
+    else:
+        takes, has = need.total, device_memory(device)
+        text += f"; it has {_gb(has)}" if has else ""
+    if has and takes > has:
+        surely = "will not fit" if takes > SURE * has else "may not fit"
+        return f"warning: {text}: the run {surely}; see itune plan --search"
+    return text
 
 
 def device_memory(device: Any) -> int:
-    """Bytes that programs may use on a device of this machine; 0 where that is not known (CPU)."""
+    """Bytes that programs may use on an accelerator of this machine; 0 where that is not known."""
     try:
         stats = device.memory_stats() or {}
     except Exception:  # backends without statistics raise their own
         return 0
-    return int(stats.get("bytes_limit", 0)) if device.platform != "cpu" else 0
+    return int(stats.get("bytes_limit", 0))
 
 
 def _gb(size: float) -> str:

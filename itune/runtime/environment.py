@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import resource
@@ -17,6 +18,8 @@ import jax
 
 from itune.runtime.secrets import redact
 
+# bytes that a container may use, by version 2 and 1 of Linux' control groups
+_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 _PACKAGES = (
     "itune", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers", "tokenizers", "datasets",
 )
@@ -42,6 +45,20 @@ def memory_in_use() -> int:
     stats = [device.memory_stats() for device in jax.local_devices()]
     peaks = [s["peak_bytes_in_use"] for s in stats if isinstance(s, Mapping) and "peak_bytes_in_use" in s]
     return max(peaks) if peaks else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def resident_memory() -> int:
+    """Bytes of memory that this process has now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def machine_memory() -> int:
+    """Bytes of memory of this machine, or of the container where that has a limit."""
+    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for file in _LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # absent, or "max": no limit
+            sizes.append(int(Path(file).read_text()))
+    return min(sizes)
 
 
 def _version(name: str) -> str:

@@ -17,6 +17,7 @@ from itune.cli import main
 from itune.config import load_config
 from itune.models import load_model
 from itune.optim import make_optimizer
+from itune.plan import check
 from itune.plan.apart import OutOfTime
 from itune.plan.check import one_line
 from itune.plan.chips import CHIPS, parse_topology
@@ -280,7 +281,7 @@ def test_a_machine_of_unknown_speed_is_one_message(base_folder, capsys):
     assert "speed of this machine's cpu is not known; expected --topology" in said and said.count("\n") == 1
 
 
-def test_training_says_what_it_will_use(llama):
+def test_training_says_what_it_will_use(llama, monkeypatch):
     class Device:
         platform, device_kind = "gpu", "NVIDIA H100"
 
@@ -291,7 +292,13 @@ def test_training_says_what_it_will_use(llama):
     config = config_8b(llama)
     model = load_model(llama, mesh, compute_dtype="bfloat16", remat="full")
     state = abstract_state(model, make_optimizer(config.optimizer, 1), mesh)
-    assert one_line(config, model, mesh, state).startswith("plan: about 41.0 GB on each of 4 cpu devices")
+    monkeypatch.setattr(check, "resident_memory", lambda: 2 * 10**9)
+    for memory, said in ((200, ""), (165, ": the run may not fit"), (90, ": the run will not fit")):
+        monkeypatch.setattr(check, "machine_memory", lambda memory=memory: memory * 10**9)
+        line = one_line(config, model, mesh, state)
+        assert line.startswith(f"{'warning: ' if said else ''}plan: about 41.0 GB on each of 4 cpu devices (")
+        assert f") beside 2.00 GB that the process holds; the machine has {memory:.1f} GB{said}" in line
+        assert line.endswith("; see itune plan --search" if said else " GB")
     elsewhere = types.SimpleNamespace(shape=mesh.shape, size=4, devices=np.array([Device()] * 4))
     line = one_line(config, model, elsewhere, state)
     assert line.startswith("warning: plan: about 41.")
