@@ -20,6 +20,7 @@ from itune.runtime import distributed
 from itune.runtime.compilation import use_compilation_cache
 from itune.setup_run import make_tuning, model_settings
 from itune.sharding import make_mesh
+from itune.storage.fetch import model_folder as folder_of
 from itune.types import InputError
 from itune.weights import saved_halves
 
@@ -154,7 +155,7 @@ def _untuned(config: Config, workdir: str | None, step: int | None, model_folder
         return f"step {step} of {workdir} is the model before tuning" if step == 0 else ""
     if str(model_folder) == config.model.path:
         return f"{model_folder} is the model that tuning starts from"
-    if not (Path(str(model_folder)) / "itune_proof.json").is_file():
+    if not (folder_of(str(model_folder), weights=False) / "itune_proof.json").is_file():
         return f"{model_folder} has no itune_proof.json of a tuned model and may be one that was never tuned"
     return ""
 

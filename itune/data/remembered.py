@@ -35,13 +35,11 @@ def recall_tokenizer(path: str, chat_template: str = "", revision: str | None = 
     our code, so it is what would be read.
     """
 
-    folder = Path(model_folder(path, revision, weights=False))
+    folder = model_folder(path, revision, weights=False)
 
     def load() -> Tokenizer:
         return load_tokenizer(str(folder), chat_template)
 
-    if not folder.is_dir():
-        return load()
     kept = cache_folder(cache_dir) / "tokenizers" / f"{_digest(folder, chat_template)}.json"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         return Remembered(json.loads(kept.read_text()), load)

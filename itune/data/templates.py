@@ -101,7 +101,7 @@ def load_tokenizer(path: str, chat_template: str = "", revision: str | None = No
     token, so that an exported model stops where it should.
     Raises InputError for a missing tokenizer, and for a missing template with the names available.
     """
-    path = model_folder(path, revision, weights=False)
+    path = str(model_folder(path, revision, weights=False))
     try:
         hf = _tokenizer_class(path).from_pretrained(path, revision=revision or None, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds for one finding: there is no usable tokenizer here

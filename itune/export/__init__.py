@@ -169,7 +169,7 @@ def export_adapter(
         raise InputError(f"{workdir}: this run tuned without LoRA, there is no adapter; export it without --adapter")
     run = load_run(workdir, step, _mesh_here(Path(workdir)), log)
     section, lora, adapters = run.config.model, run.tuning.lora, run.halves[0]
-    origin = find_folder(section.path, section.revision or None)
+    origin = find_folder(section.path, section.revision or None, weights=False)
     rows = load_model(section.path, revision=section.revision or None).config.vocab_size
     if run.config.train.init_from or run.model.config.vocab_size != rows:
         why = (f"they stand beside the parameters of {run.config.train.init_from}" if run.config.train.init_from else

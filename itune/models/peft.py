@@ -68,7 +68,7 @@ def read_adapter(folder: str | os.PathLike, model: Model, lora: Lora) -> Any:
     Raises InputError where the folder is none, is of another kind, has other settings than `lora` or other tensors
     than `lora` and the model need: all of them listed.
     """
-    folder = Path(model_folder(str(folder), key="lora.init_from"))
+    folder = model_folder(str(folder), key="lora.init_from")
     if not (folder / CONFIG).is_file():
         raise InputError(f"lora.init_from: {folder} has no {CONFIG}; expected an adapter folder of peft, or its hub id")
     config = read_json(folder / CONFIG)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import functools
 import hashlib
@@ -16,6 +17,8 @@ from itune.storage.hub import MODEL_FILES, hub_folder, is_hub_id, is_read
 from itune.types import InputError
 
 _GLOB = "*?["
+# URL of a model -> the objects and versions that this process saw: weights are of the state of the configuration
+LISTED: dict[str, dict[str, str]] = {}
 
 
 def local_files(url: str, suffixes: Sequence[str], key: str) -> list[str]:
@@ -46,17 +49,37 @@ def local_folder(path: str, key: str = "model.path", weights: bool = True) -> st
     The copy is a folder of its own for each state of the objects, and appears there whole or not at all. Without
     `weights` it has all but them: enough to plan and to prepare data.
     """
-    return _fetched_folder(path, key, weights) if is_url(path) else path
+    if not is_url(path):
+        return path
+    found = _fetched_folder(path, key, weights)
+    if not Path(found).is_dir():  # somebody cleared the cache
+        _fetched_folder.cache_clear()
+        found = _fetched_folder(path, key, weights)
+    return found
 
 
-def model_folder(path: str, revision: str | None = None, key: str = "model.path", weights: bool = True) -> str:
+def model_folder(path: str, revision: str | None = None, key: str = "model.path", weights: bool = True) -> Path:
     """The folder of a model or adapter: the one here, or the cache's copy of a bucket's or a hub id's.
 
-    A path that is none of these stays as it is. Without `weights`, see `local_folder`. Raises InputError, naming the
-    config `key`, where bucket or hub do not give it.
+    Without `weights`, see `local_folder`. Raises InputError, naming the config `key`, where there is none, or where
+    bucket or hub do not give it.
     """
-    path = local_folder(path, key, weights)
-    return path if Path(path).exists() or not is_hub_id(path) else str(hub_folder(path, revision, key, weights))
+    found = local_folder(path, key, weights)
+    if Path(found).is_dir():
+        return Path(found)
+    expected = "a folder with config.json and safetensors" if key == "model.path" else "an adapter folder of peft"
+    if Path(found).exists():
+        raise InputError(f"{key}: {found} is a file; expected {expected}, or a hub id")
+    if not is_hub_id(found):
+        raise InputError(f"{key}: no folder {found}; expected {expected}, or a hub id{_beside(found)}")
+    return hub_folder(found, revision, key, weights)
+
+
+def _beside(given: str) -> str:
+    parent = Path(given).parent
+    names = [p.name for p in parent.iterdir() if p.is_dir()] if parent.is_dir() else []
+    near = difflib.get_close_matches(Path(given).name, names, n=1)
+    return f"; nearest folder: {parent / near[0]}" if near else ""
 
 
 @functools.lru_cache(maxsize=64)
@@ -74,19 +97,21 @@ def _object(url: str, key: str) -> Path:
 def _steady(bucket: Bucket, name: str, label: str, key: str, weights: bool = True) -> Path:
     """The cache's copy of one object, or without a name of a model's; fetched again where one changed on the way."""
     for _ in range(3):
-        found = _wanted(bucket, name, weights)
+        found = _wanted(bucket, name)
         if not found:
             expected = f"no object {name}" if name else f"no model there: no object is of {', '.join(MODEL_FILES)}"
             raise InputError(f"{key}: {bucket.url}: {expected}")
-        folder = _cached(bucket, found, label)
-        if _wanted(bucket, name, weights) == found:
+        if not name and LISTED.get(bucket.url, found) != found:
+            raise InputError(f"{key}: {bucket.url} changed after this process had read of it; start again")
+        folder = _cached(bucket, {each: v for each, v in found.items() if name or is_read(each, weights)}, label)
+        if _wanted(bucket, name) == found:
+            LISTED.update({} if name else {bucket.url: found})
             return folder
     raise InputError(f"{key}: {bucket.url}/{name} changes while it is read; wait until it is complete")
 
 
-def _wanted(bucket: Bucket, name: str, weights: bool) -> dict[str, str]:
-    return {each: version for each, version in bucket.list(name).items()
-            if (each == name if name else is_read(each, weights))}
+def _wanted(bucket: Bucket, name: str) -> dict[str, str]:
+    return {each: version for each, version in bucket.list(name).items() if (each == name if name else is_read(each))}
 
 
 def _cached(bucket: Bucket, found: Mapping[str, str], label: str) -> Path:

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 from itune.types import InputError
 
-WEIGHT_FILES = ["*.safetensors"]
-SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]  # configuration, index of weights, tokenizer, chat templates
-MODEL_FILES = WEIGHT_FILES + SMALL_FILES  # no pickles
-# Weights again, in other layouts: Mistral's own (consolidated), gpt-oss' and Llama's own (original/), ONNX' and others.
-SECOND_COPIES = ["consolidated*", *(f"*/{each}" for each in MODEL_FILES if each != "*.jinja")]
+# configuration, index of the weights, tokenizer (of any kind that transformers reads), chat templates
+SMALL_FILES = ["*.json", "*.model", "*.jinja", "vocab.txt", "merges.txt"]
+MODEL_FILES = ["*.safetensors", *SMALL_FILES]  # no pickles
+# weights again in other layouts (Mistral's own is consolidated*, that of gpt-oss and Llama in original/), with their
+# configurations; of other programs
+UNREAD = [
+    "consolidated*", "params.json", "*.bin.index.json", "trainer_state.json",
+    *(f"*/{each}" for each in MODEL_FILES if each != "*.jinja"),
+]  # fmt: skip
+SINGLE, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
 
 
 def is_read(name: str, weights: bool = True) -> bool:
     """Whether a file of a model folder is one that itune reads: configuration, tokenizer, or of the `weights`."""
     files = MODEL_FILES if weights else SMALL_FILES
     return any(fnmatch.fnmatchcase(name, each) for each in files) and not any(
-        fnmatch.fnmatchcase(name, each) for each in SECOND_COPIES
+        fnmatch.fnmatchcase(name, each) for each in UNREAD
     )
 
 
@@ -36,31 +42,67 @@ def hub_folder(repo: str, revision: str | None = None, key: str = "model.path", 
     A process asks once which commit a revision is, so that weights and tokenizer are of the same. Raises InputError,
     naming the config `key`, where the hub lacks it, does not give it, or cannot be reached while the cache lacks it.
     """
-    return _folder(repo, revision or None, key, weights)
+    commit = _commit(repo, revision or None, key)
+    small = _snapshot(repo, commit, key, SMALL_FILES)
+    return _snapshot(repo, commit, key, SMALL_FILES + _weights(small, key)) if weights else small
 
 
 @functools.lru_cache(maxsize=64)
-def _folder(repo: str, revision: str | None, key: str, weights: bool) -> Path:
-    if not weights:
-        return _snapshot(repo, revision, key, SMALL_FILES, tqdm_class=_silent())
-    return _snapshot(repo, _folder(repo, revision, key, False).name, key, MODEL_FILES)
+def _commit(repo: str, revision: str | None, key: str) -> str:
+    return _snapshot(repo, revision, key, SMALL_FILES).name
 
 
-def _snapshot(repo: str, revision: str | None, key: str, files: list[str], **options: Any) -> Path:
+def _weights(folder: Path, key: str) -> list[str]:
+    """The files with the weights, as the index names them: a folder may have others beside, in narrower dtypes."""
+    if key != "model.path" and (folder / "adapter_config.json").is_file():
+        return [ADAPTER]
+    try:
+        names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        return [name for name in names if name.endswith(".safetensors")] or [SINGLE]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # none, or a bad one: its reader says so
+        return [SINGLE]
+
+
+def _snapshot(repo: str, revision: str | None, key: str, files: list[str]) -> Path:
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
-    at = f" at revision {revision}" if revision else ""
-    options |= {"allow_patterns": files, "ignore_patterns": SECOND_COPIES}
+    options: dict[str, Any] = {"allow_patterns": files, "ignore_patterns": UNREAD}
+    options |= {"tqdm_class": _silent()} if files is SMALL_FILES else {}
     try:
         return Path(huggingface_hub.snapshot_download(repo, revision=revision, **options))
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    except Exception as error:  # also what httpx and the transfer raise, which share no class
+        small = isinstance(error, LocalEntryNotFoundError) and files is SMALL_FILES
+        if small and (found := _cached(repo, revision)):
+            return found  # no network: what another program left there may do
+        at = f" at revision {revision}" if revision else ""
+        reason = (str(error).strip().splitlines() or [""])[0]
         raise InputError(
             f"{key}: no folder {repo} here, and {repo}{at} is not to be had from the hub "
-            f"({type(error).__name__}: {reason}); give a local folder, "
-            "check the id and the revision, or run where the hub is reachable"
+            f"({type(error).__name__}: {reason}); {_advice(error, repo)}"
         ) from error
+
+
+def _cached(repo: str, revision: str | None) -> Path | None:
+    """The snapshot in the cache that has a configuration, though other files be missing."""
+    import huggingface_hub
+
+    for name in ("config.json", "adapter_config.json"):
+        found = huggingface_hub.try_to_load_from_cache(repo, name, revision=revision)
+        if isinstance(found, str):
+            return Path(found).parent
+    return None
+
+
+def _advice(error: Exception, repo: str) -> str:
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    login = "log in with `hf auth login` or set HF_TOKEN"
+    if isinstance(error, GatedRepoError):
+        return f"ask for access on its page, https://huggingface.co/{repo}, and {login}"
+    if isinstance(error, RepositoryNotFoundError):
+        return f"check the id; where it is private, {login}"
+    return "give a local folder, check the id and the revision, or run where the hub is reachable"
 
 
 def _silent() -> type:

@@ -48,7 +48,7 @@ def test_what_is_missing_is_named_with_the_choices(make_hf, tmp_path):
         require_template(with_template(make_hf()))
     with pytest.raises(InputError, match="writes eos_token, and the tokenizer has none"):
         with_template(make_hf(), "zephyr")
-    with pytest.raises(InputError, match=r"model\.path: no tokenizer can be read from .*absent"):
+    with pytest.raises(InputError, match=r"model\.path: no folder .*absent; expected a folder"):
         load_tokenizer(str(tmp_path / "absent"))
     (tmp_path / "binary.jinja").write_bytes(b"\xff\xfe")
     with pytest.raises(InputError, match="cannot be read as UTF-8"):

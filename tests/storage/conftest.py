@@ -13,5 +13,6 @@ def memory(tmp_path, monkeypatch):
     fs = fsspec.filesystem("memory")
     fs.store.clear()
     fetch._fetched_folder.cache_clear()
+    fetch.LISTED.clear()
     yield fs
     fs.store.clear()

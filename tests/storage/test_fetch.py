@@ -16,6 +16,7 @@ from itune.cli import main
 from itune.data.sources import open_sources
 from itune.data.templates import load_tokenizer
 from itune.models import load_model, load_pretrained
+from itune.storage import fetch
 from itune.storage.bucket import Bucket
 from itune.storage.cache import cache_folder
 from itune.storage.fetch import local_folder
@@ -123,6 +124,22 @@ def test_a_model_of_a_bucket_is_the_model_of_the_folder(memory, fetched, base_fo
     assert [name for name in fetched if name.endswith((".bin", ".safetensors"))] == ["/b/models/base/model.safetensors"]
 
 
+def test_weights_are_of_the_state_that_the_configuration_was_read_of(memory, base_folder):
+    upload(memory, base_folder, "/b/models/base")
+    load_model("memory://b/models/base")
+    config = json.loads((base_folder / "config.json").read_text())
+    memory.pipe_file("/b/models/base/config.json", json.dumps({**config, "rms_norm_eps": 0.001}).encode())
+    with pytest.raises(InputError, match=r"models/base changed after this process had read of it; start again"):
+        load_pretrained("memory://b/models/base")
+
+
+def test_a_copy_that_somebody_removed_is_fetched_again(memory, base_folder):
+    upload(memory, base_folder, "/b/models/base")
+    before = load_model("memory://b/models/base")
+    shutil.rmtree(cache_folder())
+    assert load_model("memory://b/models/base") == before
+
+
 def test_to_plan_no_weights_are_fetched_from_a_bucket(memory, fetched, base_folder):
     upload(memory, base_folder, "/b/models/base")
     assert load_model("memory://b/models/base") == load_model(base_folder)
@@ -131,8 +148,6 @@ def test_to_plan_no_weights_are_fetched_from_a_bucket(memory, fetched, base_fold
 
 
 def test_a_model_appears_in_the_cache_whole_or_not_at_all(memory, base_folder, monkeypatch):
-    from itune.storage.fetch import _fetched_folder
-
     upload(memory, base_folder, "/b/model")
     get = type(memory).get_file
 
@@ -150,7 +165,8 @@ def test_a_model_appears_in_the_cache_whole_or_not_at_all(memory, base_folder, m
     assert {path.name for path in folder.iterdir()} == {path.name for path in base_folder.iterdir()}
     memory.pipe_file("/b/model/generation_config.json", b"{}")
     assert local_folder("memory://b/model") == str(folder)  # one model for the whole of a process
-    _fetched_folder.cache_clear()
+    fetch._fetched_folder.cache_clear()  # as in another process
+    fetch.LISTED.clear()
     assert (Path(local_folder("memory://b/model")) / "generation_config.json").read_text() == "{}"
     shutil.rmtree(folder)
 

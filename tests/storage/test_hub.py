@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import socketserver
 import subprocess
 import sys
+import threading
 
 import pytest
 from hub_server import COMMIT, hub_server
 
+from itune.models.hf.files import read_header
 from itune.storage.hub import is_read
 
 # beside a model: Mistral's and gpt-oss' second copies of the weights, ONNX', pickles, code and pictures
@@ -82,6 +86,78 @@ def test_an_adapter_is_found_by_its_id(hub, tmp_path):
             "except InputError as error: print(str(error)[:55])")  # fmt: skip
     assert run(env, code) == "lora.init_from: no folder org/adaptor here, and org/ada"
     assert sorted(given) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+def test_only_the_weights_that_the_index_names(hub, tmp_path, base_folder):
+    env, given, _ = hub
+    model = tmp_path / "hub" / "org" / "base"
+    (model / "model.safetensors").rename(model / "model-1-of-1.safetensors")
+    names = list(read_header(model / "model-1-of-1.safetensors"))
+    index = {"weight_map": dict.fromkeys(names, "model-1-of-1.safetensors")}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    (model / "model.fp16.safetensors").write_bytes(b"x")
+    (model / "adapter_model.safetensors").write_bytes(b"y")
+    run(env, "import itune.models as m; m.load_pretrained('org/base')")
+    assert [name for name in given if name.endswith(".safetensors")] == ["model-1-of-1.safetensors"]
+
+
+def test_a_snapshot_that_somebody_removed_is_fetched_again(hub, tmp_path):
+    env, *_ = hub
+    run(env, "import shutil, itune.models as m; m.load_model('org/base'); "
+             f"shutil.rmtree({str(tmp_path / 'cache')!r}); m.load_model('org/base')")  # fmt: skip
+
+
+def test_offline_a_file_that_nobody_reads_is_not_missed(hub, tmp_path):
+    """A cache that another program filled, of a repository with more files than it or itune read."""
+    env, *_ = hub
+    for name in ("LICENSE.txt", "params.json", "extra.json"):
+        (tmp_path / "hub" / "org" / "base" / name).write_text(name)
+    run(env, "from huggingface_hub import snapshot_download, hf_hub_download as get\n"
+             "snapshot_download('org/base', allow_patterns=['*.safetensors'])\n"
+             "for n in ('config.json', 'tokenizer.json', 'tokenizer_config.json'): get('org/base', n)")  # fmt: skip
+    code = ("from itune.data.templates import load_tokenizer; from itune.models import load_model; "
+            "load_tokenizer('org/base', 'chatml'); print(load_model('org/base').config.vocab_size)")  # fmt: skip
+    assert run({**env, "HF_HUB_OFFLINE": "1"}, code) == "264"
+
+
+REPLIES = {
+    "closed": b"",
+    "another protocol": b"SSH-2.0-x\r\n",
+    "a page": b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: 6\r\n\r\n<html>",
+    "gated": b"HTTP/1.1 403 Forbidden\r\nX-Error-Code: GatedRepo\r\nContent-Length: 0\r\n\r\n",
+    "private": b"HTTP/1.1 401 Unauthorized\r\nX-Error-Code: RepoNotFound\r\nContent-Length: 0\r\n\r\n",
+}
+ADVICE = {"gated": "ask for access on its page, https://huggingface.co/org/base, and log in with `hf auth login`",
+          "private": "where it is private, log in with `hf auth login` or set HF_TOKEN"}  # fmt: skip
+
+
+@pytest.mark.parametrize("reply", REPLIES)
+def test_whatever_the_hub_answers_is_one_message(reply, tmp_path):
+    with socketserver.TCPServer(("127.0.0.1", 0), None) as server:
+
+        class Handler(socketserver.BaseRequestHandler):
+            def handle(self):
+                self.request.recv(65536)
+                self.request.sendall(REPLIES[reply])
+
+        server.RequestHandlerClass = Handler
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        env = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_address[1]}", "no_proxy": "127.0.0.1",
+               "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}  # fmt: skip
+        code = ("from itune.storage.hub import hub_folder; from itune.types import InputError\n"
+                "try: hub_folder('org/base')\nexcept InputError as error: print(error)")  # fmt: skip
+        said = run(env, code)
+        server.shutdown()
+    assert said.startswith("model.path: no folder org/base here, and org/base is not to be had from the hub (")
+    assert ADVICE.get(reply, "or run where the hub is reachable") in said
+
+
+@pytest.mark.parametrize("given", ["./org/base", "org/base/", "org//base", "./nothing"])
+def test_a_path_is_not_asked_of_the_hub(hub, given, tmp_path):
+    env, downloaded, _ = hub
+    code = ("from itune.data.remembered import recall_tokenizer; from itune.types import InputError\n"
+            f"try: recall_tokenizer({given!r}, 'chatml')\nexcept InputError as error: print(error)")  # fmt: skip
+    assert run(env, code).startswith(f"model.path: no folder {given}; expected a folder") and not downloaded
 
 
 @pytest.mark.parametrize("missing", ["org/not-here", "base"])

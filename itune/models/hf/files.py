@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from itune.storage.fetch import model_folder
+from itune.storage.hub import INDEX, SINGLE
 from itune.types import InputError
 
 DTYPES: dict[str, Any] = {
@@ -21,7 +22,6 @@ DTYPES: dict[str, Any] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype(np.float16),
 }
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_HEADER = 100 << 20  # bytes, the limit of the safetensors library
 
 
@@ -43,22 +43,7 @@ class Tensor:
 
 def find_folder(path_or_repo: str | os.PathLike, revision: str | None = None, weights: bool = True) -> Path:
     """The folder of a checkpoint: a local one, or the copy of a bucket's or a hub id's (JSON, tokenizer, `weights`)."""
-    given = model_folder(str(path_or_repo), revision, weights=weights)
-    if Path(given).is_dir():
-        return Path(given)
-    expected = "expected a folder with config.json and safetensors, or a hub id"
-    if Path(given).exists():
-        raise InputError(f"model.path: {given} is a file; {expected}")
-    raise InputError(f"model.path: no folder {given}; {expected}{_beside(given)}")
-
-
-def _beside(given: str) -> str:
-    import difflib
-
-    parent = Path(given).parent
-    names = [p.name for p in parent.iterdir() if p.is_dir()] if parent.is_dir() else []
-    near = difflib.get_close_matches(Path(given).name, names, n=1)
-    return f"; nearest folder: {parent / near[0]}" if near else ""
+    return model_folder(str(path_or_repo), revision, weights=weights)
 
 
 def read_json(file: Path) -> dict[str, Any]:
