@@ -64,6 +64,10 @@ def mirrored(workdir: str | os.PathLike, folder: Path) -> Iterator[Mirror | None
         mirror.push_files()
 
 
+class TakenOver(RunError):
+    """The run directory of the bucket is no longer this run's."""
+
+
 class Mirror:
     """The run directory `url` of a bucket and its copy in `folder`. Errors of the bucket are one message each."""
 
@@ -82,21 +86,24 @@ class Mirror:
     def take(self, say: Callable[[str], None] = print) -> None:
         """Begin a run: staging becomes the bucket's run where it is another one or older, and the bucket is told."""
         with reaching(f"--workdir {self.url}"):
-            theirs, mine = self._their_record(), _read_record(self.folder)
-            if mine.get("run") != theirs.get("run"):
+            there, theirs, mine = self._files_there(), self._their_record(), _read_record(self.folder)
+            if not theirs:
+                self.bucket.write(RECORD, b"{}\n")  # an error where there is no bucket: staging stays as it is
+            run = theirs.get("run") or (mine.get("run") if self._has_config_of_ours(there) else None)
+            if mine.get("run") != run:
                 self._set_aside(say)
             if max(self.steps(), default=-1) > max(self._steps_here(), default=-1):
                 say(f"fetching the run in {self.url}")
                 self.fetch_files()
             else:  # a reader may have added evaluations; those of steps that run again are cut here, then there
-                there, here = self._files_there(), self._files_here()
+                here = self._files_here()
                 self._fetch([name for name in there if name.startswith("eval/") and name not in here])
                 self._there = {name: None for name in there if name.startswith(("eval/", "crash"))}
             self._owner = uuid.uuid4().hex
-            record = {"run": theirs.get("run") or uuid.uuid4().hex, "owner": self._owner, "host": socket.gethostname(),
+            record = {"run": run or uuid.uuid4().hex, "owner": self._owner, "host": socket.gethostname(),
                       "process": os.getpid(), "start": time.strftime("%Y-%m-%d %H:%M:%S")}
-            self.bucket.write(RECORD, (json.dumps(record) + "\n").encode())
             write_atomically(self.folder / RECORD, json.dumps(record) + "\n")
+            self._write_record()
         say(f"the run in {self.url} is worked on in {self.folder} and uploaded at every checkpoint")
 
     def look(self) -> None:
@@ -160,8 +167,9 @@ class Mirror:
                 self.bucket.write(f"{base}/{manifests.NAME}", (folder / manifests.NAME).read_bytes())
                 mark("uploaded", step)
         except RunError as error:
-            raise RunError(f"checkpoint of step {step} is whole in {self._here(step)} but not in the bucket; the same "
-                           f"command on this machine uploads it: {error}") from error
+            again = "" if isinstance(error, TakenOver) else "; the same command on this machine uploads it"
+            raise RunError(f"checkpoint of step {step} is whole in {self._here(step)} but not in the bucket{again}: "
+                           f"{error}") from error
 
     def retain(self, superseded: Callable[[list[int]], list[int]]) -> None:
         """Remove from the bucket the steps that `superseded` names of those there, and what killed uploads left."""
@@ -240,22 +248,35 @@ class Mirror:
     def _their_record(self) -> dict[str, Any]:
         return _parsed(self.bucket.read(RECORD))
 
+    def _write_record(self) -> None:
+        self.bucket.write(RECORD, (self.folder / RECORD).read_bytes())
+
+    def _has_config_of_ours(self, there: list[str]) -> bool:
+        """Whether the run there is the one of staging, though the record was removed (by a rule for old objects)."""
+        ours = self.folder / "config.json"
+        return "config.json" in there and ours.is_file() and self.bucket.read("config.json") == ours.read_bytes()
+
     def _check_owner(self) -> None:
         theirs = self._their_record()
-        if self._owner and theirs.get("owner") != self._owner:
-            raise RunError(f"{self.url} was taken over by another run (host {theirs.get('host')}, process "
+        if self._owner and not theirs:
+            if not self._files_there():
+                raise TakenOver(f"all of {self.url} was removed; this run ends, and stands in {self.folder}")
+            self._write_record()
+        elif self._owner and theirs.get("owner") != self._owner:
+            raise TakenOver(f"{self.url} was taken over by another run (host {theirs.get('host')}, process "
                            f"{theirs.get('process')}, started {theirs.get('start')}); this one ends")
 
     def _set_aside(self, say: Callable[[str], None]) -> None:
         """Move what staging holds of another run out of the way: the bucket's was removed, or replaced."""
         others = [path for path in self.folder.iterdir() if path.name != "run.lock"]
         if others:
-            aside = self.folder.with_name(f"{self.folder.name}.aside")
-            shutil.rmtree(aside, ignore_errors=True)
+            names = (f"{self.folder.name}.aside{number}" for number in ("", *range(2, 1000)))
+            aside = next(path for name in names if not (path := self.folder.with_name(name)).exists())
             aside.mkdir()
             for path in others:
                 os.rename(path, aside / path.name)
-            say(f"{self.folder} held another run than {self.url}; it now stands in {aside}")
+            say(f"{self.folder} held another run than {self.url}; it now stands in {aside}; "
+                f"to go on with that one, give it as --workdir")
 
 
 def _mirrored(name: str) -> bool:

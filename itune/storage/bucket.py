@@ -19,6 +19,7 @@ EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "memory": ""}  # scheme -> extr
 _AT_ONCE = 8  # objects on their way at a time
 _SMALL = 16 << 20  # bytes
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_AWAY = ("Connect", "Timeout", "Disconnected", "Unavailable")  # in the names of what the libraries raise then
 # what file systems call the facts that change when an object does
 _VERSION = ("size", "ETag", "etag", "generation", "mtime", "updated", "LastModified", "created")
 
@@ -52,7 +53,10 @@ def open_url(url: str) -> tuple[Any, str]:
 
 @contextlib.contextmanager
 def reaching(url: str, kind: type[Exception] = InputError) -> Iterator[None]:
-    """Turns whatever the libraries raise (a dozen kinds, few of them OSError) into one message of `kind`."""
+    """Turns whatever the libraries raise (a dozen kinds, few of them OSError) into one message of `kind`.
+
+    An outage of the network or the service is a RunError always.
+    """
     try:
         yield
     except (InputError, RunError):
@@ -62,6 +66,9 @@ def reaching(url: str, kind: type[Exception] = InputError) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _NO_ROOM:
             raise kind(f"{url}: its copy cannot be written: {error}") from error
+        if any(word in each.__name__ for each in type(error).__mro__ for word in _AWAY):
+            raise RunError(f"{url} cannot be reached: {_line(error)}; try again when the network, or the service, is "
+                           "back") from error  # no wrong input: --restart-on-failure tries again
         raise kind(f"{url} cannot be reached: {_line(error)}; expected credentials that may use this bucket (gs://: "
                    "gcloud auth application-default login; s3://: AWS_PROFILE or AWS_ACCESS_KEY_ID and its secret)"
                    ) from error

@@ -187,6 +187,70 @@ def test_another_run_in_staging_is_set_aside(memory, tmp_path):
     mirror, store = begin(tmp_path / "one")  # the bucket was emptied: the run begins anew
     assert store.newest_good() is None and objects(memory) == ["bucket.json"]
     assert find_damage(tmp_path / "one.aside" / "checkpoints" / "4") == []
+    save(mirror, 8)
+    for name in list(memory.store):
+        memory.rm_file(name)
+    begin(tmp_path / "one")  # once more: nothing that was set aside is lost
+    assert find_damage(tmp_path / "one.aside" / "checkpoints" / "4") == []
+    assert find_damage(tmp_path / "one.aside2" / "checkpoints" / "8") == []
+
+
+def test_a_bucket_that_is_gone_leaves_staging_as_it_is(memory, tmp_path, monkeypatch):
+    mirror, _ = begin(tmp_path / "one")
+    save(mirror, 4)
+
+    def gone(*given, **more):
+        raise FileNotFoundError("The specified bucket does not exist")
+
+    for name in ("find", "cat_file", "pipe_file"):
+        monkeypatch.setattr(type(memory), name, gone)
+    with pytest.raises(RunError, match=r"checkpoint of step 4 is whole .* all of memory://b/runs/x was removed"):
+        mirror.push(4)
+    with pytest.raises(InputError, match="no such object or bucket"):
+        begin(tmp_path / "one")
+    monkeypatch.undo()
+    assert find_damage(tmp_path / "one" / "checkpoints" / "4") == [] and not (tmp_path / "one.aside").exists()
+
+
+def test_a_lost_record_is_written_again(memory, tmp_path):
+    """As by a rule of the bucket that removes old objects: the record is written once, when a run starts."""
+    mirror, _ = begin(tmp_path / "one")
+    (tmp_path / "one" / "config.json").write_text("{}")
+    save(mirror, 4)
+    mirror.push(4)
+    memory.rm_file("/b/runs/x/bucket.json")
+    save(mirror, 8)
+    mirror.push(8)
+    assert mirror.steps() == [4, 8] and "bucket.json" in objects(memory)
+    save(mirror, 12)
+    memory.rm_file("/b/runs/x/bucket.json")
+    again, store = begin(tmp_path / "one")
+    assert store.newest_good() == 12 == max(again.steps()) and not (tmp_path / "one.aside").exists()
+
+
+def test_a_run_whose_directory_was_removed_says_so(memory, tmp_path):
+    mirror, _ = begin(tmp_path / "one")
+    save(mirror, 4)
+    mirror.push(4)
+    for name in list(memory.store):
+        memory.rm_file(name)
+    save(mirror, 8)
+    with pytest.raises(RunError, match=r"not in the bucket: all of memory://b/runs/x was removed; this run ends"):
+        mirror.push(8)
+
+
+def test_an_outage_is_no_wrong_input(memory, tmp_path, monkeypatch):
+    """Exit code 2 would end --restart-on-failure."""
+
+    class EndpointConnectionError(Exception):
+        pass
+
+    def away(*given, **more):
+        raise EndpointConnectionError("Could not connect to the endpoint URL")
+
+    monkeypatch.setattr(type(memory), "find", away)
+    with pytest.raises(RunError, match=r"cannot be reached: Endpoint.*; try again when the network, or the"):
+        begin(tmp_path / "one")
 
 
 def test_a_run_copied_into_a_bucket_by_other_means_goes_on(memory, tmp_path):

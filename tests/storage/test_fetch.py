@@ -20,7 +20,7 @@ from itune.storage import fetch
 from itune.storage.bucket import Bucket
 from itune.storage.cache import cache_folder
 from itune.storage.fetch import local_folder
-from itune.types import InputError
+from itune.types import InputError, RunError
 
 
 def rows(*numbers):
@@ -158,7 +158,7 @@ def test_a_model_appears_in_the_cache_whole_or_not_at_all(memory, base_folder, m
 
     with monkeypatch.context() as patch:
         patch.setattr(type(memory), "get_file", failing)
-        with pytest.raises(InputError, match=r"^model\.path: memory://b/model cannot be reached: Conn.*: gone"):
+        with pytest.raises(RunError, match=r"^model\.path: memory://b/model cannot be reached: Conn.*: gone; try"):
             local_folder("memory://b/model")
     assert not [path for path in (cache_folder() / "fetched").iterdir() if path.is_dir() and path.name[0] != "."]
     folder = Path(local_folder("memory://b/model"))
