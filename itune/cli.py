@@ -34,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
         arguments.overrides, arguments.words = rest, sys.argv[1:] if argv is None else argv
         quiet_without_tpu()
         with _hidden_secrets(arguments.verb), at_hand(arguments):
+            _check_json(getattr(arguments, "json", None))
             return VERBS[arguments.verb](arguments)
     except (InputError, RunError) as error:
         from itune.runtime.secrets import redact
@@ -74,9 +75,23 @@ def _config(arguments: argparse.Namespace) -> Any:
 def _finish(arguments: argparse.Namespace, result: Any) -> int:
     """Write a verb's numbers, unrounded, where --json asks for them: of a job of several processes the first does."""
     if arguments.json and _is_first():
-        Path(arguments.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(arguments.json).write_text(json.dumps(result, indent=2, default=str) + "\n")
+        try:
+            Path(arguments.json).parent.mkdir(parents=True, exist_ok=True)
+            Path(arguments.json).write_text(json.dumps(result, indent=2, default=str) + "\n")
+        except OSError as error:
+            raise InputError(f"--json {arguments.json}: cannot be written: {error.strerror}") from error
     return 0
+
+
+def _check_json(path: str | None) -> None:
+    """Raise InputError, before anything is done, where --json cannot be written."""
+    if not path:
+        return
+    if "\0" in path or Path(path).is_dir():
+        raise InputError(f"--json {path!r}: is a folder or no name of a file; expected a file to write")
+    above = next(each for each in Path(path).absolute().parents if each.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise InputError(f"--json {path}: cannot be written in {above}; expected a file in a folder of yours")
 
 
 def _is_first() -> bool:

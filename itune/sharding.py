@@ -45,6 +45,8 @@ def mesh_sizes(shape: Mapping[str, int] | None, devices: int) -> dict[str, int]:
     unknown = set(sizes) - {*MESH_AXES, *DCN_AXES}
     if unknown:
         raise InputError(f"mesh: unknown axis {sorted(unknown)}; axes are {', '.join((*MESH_AXES, *DCN_AXES))}")
+    if wrong := [axis for axis, size in sizes.items() if size < 1 and size != -1]:
+        raise InputError(f"mesh.{wrong[0]}={sizes[wrong[0]]}: expected at least 1, or -1 for what the others leave")
     inferred = [axis for axis, size in sizes.items() if size == -1]
     known = math.prod(size for size in sizes.values() if size != -1)
     if len(inferred) > 1:

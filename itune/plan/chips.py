@@ -58,6 +58,9 @@ CHIPS = {
 }
 _WRAPS = {"v5e": 16, "v6e": 16, "v5p": 4}  # a ring closes along an axis of this many chips (a multiple of it)
 _DIMENSIONS = {"v5e": 2, "v6e": 2, "v5p": 3}
+_SIDES = {"v5e": "sides of 1, 2, 4, 8 or 16", "v6e": "sides of 1, 2, 4, 8 or 16",
+          "v5p": "sides of 1, 2, or a multiple of 4 up to 28"}  # fmt: skip
+HOST = 8  # GPUs that NVLink connects
 THIS_MACHINE = "this machine"
 
 
@@ -95,7 +98,7 @@ class Slice:
 
 def parse_topology(name: str) -> Slice:
     """The slice that a name means. Raises InputError for an unknown chip or a malformed name, with the nearest."""
-    found = re.fullmatch(r"(?:(\d+)\*)?(?:(gpu):)?([a-z]\w*):(\d+(?:x\d+)*)", name)
+    found = re.fullmatch(r"(?:(\d+)\*)?(?:(gpu):)?([a-z]\w*):(\d+(?:x\d+)*)", name.lower())
     if found is None:
         raise InputError(
             f"--topology {name!r}: expected CHIP:SHAPE such as v5e:4x4, v6e:2x4, v5p:2x2x1, gpu:h200:1, or 2*v5e:4x4 "
@@ -106,13 +109,26 @@ def parse_topology(name: str) -> Slice:
     if chip not in known:
         near = difflib.get_close_matches(chip, known, n=1, cutoff=0.3)
         hint = f"; nearest: {near[0]}" if near else ""
+        hint = f"; a GPU is gpu:{chip}:{shape}" if chip in CHIPS and not gpu else hint
         raise InputError(f"--topology {name!r}: unknown chip {chip!r}; known here: {', '.join(known)}{hint}")
     sizes = tuple(map(int, shape.split("x")))
     wanted = _DIMENSIONS.get(chip, 1)
     if len(sizes) != wanted or 0 in sizes or slices == "0":
-        example = {1: "8", 2: "4x4", 3: "2x2x1"}[wanted]
-        raise InputError(f"--topology {name!r}: {chip} takes {wanted} sizes of at least 1, such as {chip}:{example}")
-    return Slice(name, CHIPS[chip], sizes, int(slices or 1))
+        example = {1: "gpu:h200:8", 2: "v5e:4x4", 3: "v5p:2x2x1"}[wanted]
+        counts = "1 size" if wanted == 1 else f"{wanted} sizes"
+        raise InputError(f"--topology {name!r}: {chip} takes {counts} of at least 1, such as {example}")
+    count = int(slices or 1)
+    if gpu and sizes[0] > HOST:  # NVLink ends at the host
+        if sizes[0] % HOST:
+            raise InputError(f"--topology {name!r}: a host has {HOST} GPUs; expected up to {HOST}, or a multiple of it")
+        count, sizes = count * sizes[0] // HOST, (HOST,)
+    if not gpu and not all(_is_side(chip, size) for size in sizes):
+        raise InputError(f"--topology {name!r}: no slice has these sides; expected {_SIDES[chip]}")
+    return Slice(name.lower(), CHIPS[chip], sizes, count)
+
+
+def _is_side(chip: str, size: int) -> bool:
+    return size in (1, 2, 4, 8, 16) or (chip == "v5p" and size % 4 == 0 and size <= 28)
 
 
 def here(devices: Sequence[Any]) -> Slice | None:

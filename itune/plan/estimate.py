@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from itune import flops
-from itune.plan.chips import OVERLAP_EFFICIENCY, Slice
+from itune.plan.chips import CHIPS, OVERLAP_EFFICIENCY, Slice
 from itune.plan.layout import Layout
 from itune.types import InputError
 
@@ -50,6 +51,10 @@ def model_flops(layout: Layout, positions_L: np.ndarray | None = None) -> float:
     positions = np.arange(length)[None] if positions_L is None else positions_L[None]
     segments = np.ones_like(positions)
     pairs = {w: rows * flops.visible_pairs(positions, segments, w) for w in dict.fromkeys(flops.windows(m))}
+    if c.train.freeze:
+        from itune.setup_run import make_tuning  # which imports this floor's check
+
+        return make_tuning(c, layout.model).train_flops()(m, rows * length, pairs)
     forward = flops.forward_flops(m, rows * length, pairs)
     products = 2.0 * flops.matrix_parameters(m) * rows * length
     return 3 * forward - (products if c.lora.rank else 0)
@@ -70,7 +75,7 @@ def hardware_flops(layout: Layout) -> float:
     again = forward - head if c.train.remat == "full" else 0.0  # "dots" keeps what splash and cuDNN give
     once = model_flops(layout) + 0.5 * attention + again
     experts = 2.0 * flops.expert_parameters(m) * rows * length
-    passes = 3 - (c.lora.rank > 0) + (c.train.remat == "full")
+    passes = 2 + layout.trained_layers + (c.train.remat == "full")
     return once + (layout.sizes["expert"] - 1) * (once - passes * experts)
 
 
@@ -102,9 +107,15 @@ def prices(path: str | Path | None = None) -> dict[str, Any]:
     file = Path(path) if path else configs_dir() / "prices.toml"
     try:
         table = tomllib.loads(file.read_text())
-    except (OSError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError) as error:  # also what is no TOML, or not UTF-8
         raise InputError(f"--prices {file}: cannot be read: {error}") from error
     for chip, row in table.items():
-        if not isinstance(row, dict) or not isinstance(row.get("on_demand"), int | float):
-            raise InputError(f"--prices {file}: [{chip}] needs on_demand = dollars for one chip and hour")
+        if chip not in CHIPS:
+            near = difflib.get_close_matches(chip.lower(), CHIPS, n=1)
+            raise InputError(f"--prices {file}: [{chip}] is no chip that is known; expected {', '.join(CHIPS)}"
+                             f"{f'; nearest: {near[0]}' if near else ''}")
+        price = row.get("on_demand") if isinstance(row, dict) else None
+        if isinstance(price, bool) or not isinstance(price, int | float) or not 0 <= price < float("inf"):
+            raise InputError(f"--prices {file}: [{chip}] needs on_demand = dollars for one chip and hour, "
+                             f"found {price!r}")
     return table

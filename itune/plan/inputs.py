@@ -9,7 +9,7 @@ from typing import Any
 from itune.config import Config
 from itune.models import load_model
 from itune.setup_run import Data, prepare_data
-from itune.types import InputError
+from itune.types import InputError, RunError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,10 +29,11 @@ def known(config: Config, read_data: bool = True) -> Known:
         try:
             data = prepare_data(config, lambda line: None)
             return Known(data, data.loader.total_steps, "exact, from the data", data.loader.efficiency)
-        except (InputError, OSError) as error:  # no network, no tokenizer here: planning needs neither
+        except (InputError, RunError, OSError) as error:  # no network, no tokenizer here: planning needs neither
             reason = str(error).splitlines()[0][:160]
     steps = config.train.max_steps
-    source = "train.max_steps" if steps else f"unknown: {reason}, and train.max_steps is 0"
+    unread = f"; the data were not read: {reason}" if config.data.train and read_data else ""
+    source = f"train.max_steps{unread}" if steps else f"unknown: {reason}, and train.max_steps is 0"
     return Known(stand_in(config, steps), steps, source)
 
 

@@ -71,7 +71,7 @@ def layer_bytes(layout: Layout) -> int:
     m, t = layout.model.config, layout.sizes["tensor"]
     _, largest = layer_elements(layout.model, t, layout.sizes["expert"])
     gathered = layout.width_bytes * largest * 3 if layout.sizes["fsdp"] > 1 else layout.width_bytes * largest
-    gradient = 0 if layout.config.lora.rank else 4 * largest
+    gradient = 4 * largest if layout.trained_layers > 0.01 else 0  # of norms alone: nothing
     widths = 8 * m.width + 5 * _mlp_width(layout) + 4 * m.num_heads * m.head_dim / t
     routed = (4 + 2 * layout.width_bytes) * _routed_width(layout)  # what goes to the experts, and comes back in float32
     return int(gathered + gradient + layout.tokens * (layout.width_bytes * widths + routed))
@@ -85,7 +85,7 @@ def head_bytes(layout: Layout) -> int:
     blocks = layout.config.loss.blocks
     logits = chunk * vocab * 2 * layout.width_bytes / blocks  # and their gradient
     hidden = 2 * layout.tokens * m.width * layout.width_bytes
-    kernel_gradient = 0 if layout.config.lora.rank else 1
+    kernel_gradient = int(layout.head_trains)
     if fsdp > 1 and visits_vocabulary(sizes, (m.vocab_size, m.width), layout.tokens * fsdp):
         part = vocab / fsdp * m.width
         visitors = fsdp * chunk * m.width * (4 + layout.width_bytes)

@@ -74,7 +74,7 @@ def mfu(report: Report) -> float:
     return report.time.model_flops / (report.time.step * report.where.chips * report.where.chip.peak)
 
 
-def lines(report: Report) -> Iterator[str]:
+def lines(report: Report, price_file: str | None = None) -> Iterator[str]:
     """The report for a terminal."""
     need, t, where = report.need, report.time, report.where
     formula = "by formula, within about 15 %" if where.is_tpu else "by formula, compared with programs for TPUs only"
@@ -106,10 +106,11 @@ def lines(report: Report) -> Iterator[str]:
     if not report.steps:
         yield f"steps: {report.steps_source}"
         return
-    price = ""
+    prices = price_file or "configs/prices.toml"
+    price = f", no price of {where.chip.name} in {prices}"
     if report.cost is not None:
         cost = f"about ${report.cost:,.0f}" if report.cost >= 1 else "less than $1"
-        price = f", {cost} at ${report.price:.2f} a chip and hour (your prices: configs/prices.toml)"
+        price = f", {cost} at ${report.price:.2f} a chip and hour (your prices: {prices})"
     yield (
         f"run: {report.steps:,} steps ({report.steps_source}), {spell(report.hours * 3600)} without evaluation and "
         f"start{price}"

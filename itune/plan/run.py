@@ -13,6 +13,7 @@ import jax
 from itune.config import Config
 from itune.evaluators.heldout_loss import token_step
 from itune.models.architecture import ModelConfig
+from itune.models.attention import KERNELS
 from itune.models.layers import ADAPTERS
 from itune.plan.apart import compiled_apart
 from itune.plan.chips import Slice, here, parse_topology
@@ -50,9 +51,9 @@ def plan(
     if search:
         from itune.plan.search import search as run_search
 
-        return run_search(config, where, facts, table, can_compile, log)
+        return run_search(config, where, facts, table, can_compile, log, price_file)
     report = (compiled_apart if can_compile else formula_report)(config, where, facts, table)
-    for line in lines(report):
+    for line in lines(report, price_file):
         log(line)
     return report.to_dict()
 
@@ -70,7 +71,8 @@ def this_machine() -> Slice:
 
 def formula_report(config: Config, where: Slice, facts: Known, table: dict[str, Any]) -> Report:
     """Everything by formula: no step is traced or compiled."""
-    layout = lay_out(config, where.chips, facts.data.tokenizer.vocab_size)
+    _check_attention(config, where)
+    layout = lay_out(config, where.chips, facts.data.tokenizer.vocab_size, where.slices)
     traffic, across = formula_traffic(layout), across_slices(layout)
     return Report(
         where, _settings(layout), formula_memory(layout), where.chip.memory, _shown(traffic, across),
@@ -78,10 +80,17 @@ def formula_report(config: Config, where: Slice, facts: Known, table: dict[str, 
     )
 
 
+def _check_attention(config: Config, where: Slice) -> None:
+    platform, kernel = "tpu" if where.is_tpu else "gpu", config.model.attention
+    if kernel not in ("auto", "xla", *KERNELS[platform]):
+        raise InputError(f"model.attention={kernel} cannot run on {where.name}; choose auto, xla or one of "
+                         f"{', '.join(KERNELS[platform])}")
+
+
 def compiled_report(config: Config, where: Slice, facts: Known, table: dict[str, Any]) -> Report:
     """Memory, traffic and FLOPs of the very programs that the run would compile."""
     begun, cpu = time.perf_counter(), time.process_time()
-    layout = lay_out(config, where.chips, facts.data.tokenizer.vocab_size)
+    layout = lay_out(config, where.chips, facts.data.tokenizer.vocab_size, where.slices)
     devices = topology_devices(where.name.rpartition("*")[2], where.slices)
     made = make_plan(training_only(config), facts.data, lambda line: None, devices)
     turns = math.ceil(layout.tokens / min(config.loss.chunk, layout.tokens))
@@ -148,7 +157,8 @@ def _split(by_formula: Need, needed: int) -> Need:
 def _settings(layout: Layout) -> dict[str, Any]:
     c = layout.config
     return {
-        "mesh": dict(layout.sizes), "dcn": dict(layout.dcn), "rows": c.train.batch_size, "length": c.data.max_length,
+        "mesh": dict(layout.sizes), "dcn": {axis: getattr(c.mesh, f"dcn_{axis}") for axis in layout.dcn},
+        "rows": c.train.batch_size, "length": c.data.max_length,
         "accumulation": c.train.accumulation, "remat": c.train.remat, "lora_rank": c.lora.rank,
         "compute_dtype": c.model.compute_dtype, "param_dtype": c.model.param_dtype,
     }  # fmt: skip

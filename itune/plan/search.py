@@ -28,19 +28,23 @@ REMATS: tuple[Literal["none", "dots", "full"], ...] = ("none", "dots", "full")
 
 
 def search(
-    config: Config, where: Slice, facts: Known, table: dict[str, Any], can_compile: bool, log: Log
+    config: Config, where: Slice, facts: Known, table: dict[str, Any], can_compile: bool, log: Log,
+    price_file: str | None = None,
 ) -> dict[str, Any]:
     """Print and return the best plan, the runner-up, and every candidate that was compiled."""
     from itune.plan.run import formula_report
 
     begun = time.monotonic()
     ranked: list[tuple[Config, Report]] = []
-    refused = 0
+    refused, last = 0, ""
     for candidate in candidates(config, where, _experts(config)):
         try:
             ranked.append((candidate, formula_report(candidate, where, facts, table)))
-        except InputError:  # this mesh does not divide the model or the batch
-            refused += 1
+        except InputError as error:  # this mesh does not divide the model or the batch
+            refused, last = refused + 1, str(error)
+    if not ranked and last:
+        raise InputError(f"--search: none of {refused} ways to divide {where.chips} devices takes this run; of the "
+                         f"last: {last}")
     if not ranked:
         raise InputError(f"--search: nothing divides {config.train.batch_size} rows over {where.chips} devices; "
                          "change train.batch_size")
@@ -51,7 +55,7 @@ def search(
     best = tried[0][1]
     if not best.fits:
         log(f"search: none of the {len(tried)} best fits; the nearest is too large by {-best.left / 2**30:.2f} GiB")
-    for line in lines(best):
+    for line in lines(best, price_file):
         log(line)
     second = tried[1][1] if len(tried) > 1 else None
     why = reason(best, second) if second else ""

@@ -19,7 +19,7 @@ def formula_traffic(layout: Layout) -> dict[str, float]:
     passes = 3 if c.train.remat != "none" else 2
     traffic = {
         "gather weights": micro * 2 * layout.width_bytes * kernels * share,
-        "sum gradients over fsdp": 0 if c.lora.rank else micro * 4 * kernels * share,
+        "sum gradients over fsdp": micro * 4 * kernels * share * layout.trained_layers,
         "sum gradients over data": micro * 2 * 4 * layout.trained * (data * context - 1) / (data * context),
         "embedding": micro * 3 * hidden * share,
         "head": micro * _head(layout) * share,
@@ -57,4 +57,5 @@ def across_slices(layout: Layout) -> float:
     elements = layer_elements(layout.model, layout.sizes["tensor"], layout.sizes["expert"])[0]
     kernels = layout.model.config.num_layers * elements
     copies = micro * 2 * 4 * layout.trained * (data - 1) / data
-    return copies + micro * (2 * layout.width_bytes + 4) * kernels * (fsdp - 1) / layout.sizes["fsdp"]
+    moving = 2 * layout.width_bytes + 4 * layout.trained_layers
+    return copies + micro * moving * kernels * (fsdp - 1) / layout.sizes["fsdp"]

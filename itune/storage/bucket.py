@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -25,7 +26,12 @@ _VERSION = ("size", "ETag", "etag", "generation", "mtime", "updated", "LastModif
 
 
 def is_url(text: Any) -> bool:
-    """Whether text names an object or a folder in a bucket, or what looks like one; a path never does."""
+    """Whether text names an object or a folder in a bucket, or what looks like one; a path never does.
+
+    Raises InputError for one whose second slash is missing: it would be a folder here.
+    """
+    if isinstance(text, str) and (scheme := re.match(r"(gs|gcs|s3):/(?!/)", text)):
+        raise InputError(f"{text}: expected {scheme[1]}://BUCKET/PATH, with two slashes")
     return isinstance(text, str) and "://" in text
 
 

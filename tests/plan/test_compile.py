@@ -305,7 +305,7 @@ def test_a_plan_is_compiled_in_a_process_of_its_own(compiled, model_15m, monkeyp
     assert (found["steps"], found["topology"], found["compiled"]["fits_compiler"]) == (7, "v5e:2x2", 1.0)
     assert "compiled for these chips" in capsys.readouterr().out
     assert main([*arguments, "--config.train.batch_size=12", "--topology=v5e:3x4"]) == 2
-    assert re.match(r"itune: topology 'v5e:3x4': cannot compile for it here", capsys.readouterr().err)
+    assert re.match(r"itune: --topology 'v5e:3x4': no slice has these sides; expected sides", capsys.readouterr().err)
     monkeypatch.setenv("LIBTPU_INIT_ARGS", "--no_such_option=1")  # libtpu ends its process, without a Python error
     assert main([*arguments, "--topology=v5e:2x2"]) == 1
     said = capsys.readouterr().err

@@ -94,7 +94,7 @@ def test_traffic_of_fsdp_is_two_gathers_and_one_float32_sum(llama):
     assert traffic["gather weights"] == pytest.approx(2 * 2 * layers * 15 / 16, rel=0.001)
     assert traffic["sum gradients over fsdp"] == pytest.approx(4 * layers * 15 / 16, rel=0.001)
     assert across_slices(lay_out(config_8b(llama), 16)) == 0
-    two = lay_out(config_8b(llama, mesh__dcn_data=2, train__batch_size=32), 32)
+    two = lay_out(config_8b(llama, mesh__dcn_data=2, train__batch_size=32), 32, slices=2)
     assert two.sizes["data"] == 2
     assert two.sizes["fsdp"] == 16
     assert across_slices(two) == pytest.approx(2 * 4 * two.trained / 2)
