@@ -16,16 +16,20 @@
 #SBATCH --output=itune-%j.log
 set -uo pipefail
 
-[ $# -gt 0 ] || { echo "slurm.sh: give the command, such as: sbatch scripts/slurm.sh itune train --config sft ..." >&2; exit 2; }
-[ -n "${SLURM_JOB_ID:-}" ] || { echo "slurm.sh: not under SLURM; start it with sbatch" >&2; exit 2; }
+die() { echo "slurm.sh: $*" >&2; exit 2; }
+[ -n "${1:-}" ] || die "give the command, such as: sbatch scripts/slurm.sh itune train --config sft ..."
+for needed in SLURM_JOB_ID SLURM_JOB_NODELIST SLURM_NNODES; do
+  [ -n "${!needed:-}" ] || die "$needed is not set: not under SLURM; start it with sbatch"
+done
 
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" 2>/dev/null | head -n 1)
+[ -n "$first" ] || die "'scontrol show hostnames $SLURM_JOB_NODELIST' names no node, so there is no coordinator"
 export ITUNE_COORDINATOR="$first:$((20000 + SLURM_JOB_ID % 20000))"
 export ITUNE_NUM_PROCESSES=$SLURM_NNODES
 
 # each task knows its own number
 # shellcheck disable=SC2016  # expanded by the task's shell
-srun --kill-on-bad-exit=1 bash -c 'export ITUNE_PROCESS_ID=$SLURM_PROCID; exec "$@"' itune "$@"
+srun --kill-on-bad-exit=1 bash -c 'export ITUNE_PROCESS_ID=$SLURM_PROCID; exec -- "$@"' itune "$@"
 code=$?
 if [ "$code" -eq 143 ]; then
   echo "slurm.sh: preempted with everything saved; queued again"

@@ -5,7 +5,8 @@
 #   setup    copy this checkout (or --revision of it) to every worker, install itune[tpu,gcs], mount the bucket
 #   run      start COMMAND on every worker, detached; with --watch stay, and begin again after a preemption
 #   logs     what worker 0 has printed so far (--worker all: every worker)
-#   status   state of the TPU, and whether the command runs, ended (with which code), or was never started
+#   status   state of the TPU, and whether the command runs, ended (with which code), or was never started; code 1 where
+#            that could not be found out
 #   fetch    copy --from (a folder on worker 0 or in the bucket) here
 #   stop     end the command with SIGTERM: itune saves and leaves
 #   delete   give the TPU back; what is only on its disks is lost
@@ -20,7 +21,7 @@
 #   --spot             cheaper, may be taken back at any time
 #   --bucket gs://B    mounted on every worker as ~/bucket: put --workdir there, a pod needs one folder for all
 #   --revision R       install this git revision instead of the files as they are
-#   --worker W         worker for logs (default 0)
+#   --worker W         worker for logs (default 0), or all
 #   --from F --to D    for fetch (default: to the current folder)
 #   --watch            for run: stay; after a preemption create, set up and run again, after a failure give up
 #   --poll S           seconds between two looks (default 30)
@@ -62,12 +63,22 @@ done
 [ -n "$name" ] || die "--name (or TPU_NAME) is missing"
 [ -n "$zone" ] || die "--zone (or TPU_ZONE) is missing, such as us-west4-a"
 [[ $name =~ ^[a-z]([-a-z0-9]{0,60}[a-z0-9])?$ ]] || die "--name '$name': expected lower-case letters, digits and dashes"
-[[ $slices =~ ^[1-9][0-9]*$ ]] || die "--slices '$slices': expected a number of at least 1"
-[[ -z $bucket || $bucket == gs://* ]] || die "--bucket '$bucket': expected gs://NAME"
+[[ $slices =~ ^[1-9][0-9]{0,3}$ ]] || die "--slices (or TPU_SLICES) '$slices': expected a number from 1 to 9999"
+[[ $poll =~ ^[0-9]+(\.[0-9]+)?$ ]] || die "--poll '$poll': expected a number of seconds, such as 30"
+[[ $tries =~ ^(0|[1-9][0-9]{0,8})$ ]] || die "--tries '$tries': expected a whole number, such as 20"
+[[ $worker =~ ^(all|[0-9]+([-,][0-9]+)*)$ ]] || die "--worker '$worker': expected a number, such as 0, or all"
 
-checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+checkout=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)
+if [ "$verb" = setup ] || [ "$verb$watch" = runyes ]; then  # a preemption will need it
+  [[ -z $bucket || $bucket =~ ^gs://[a-z0-9][a-z0-9._-]+/?$ ]] ||
+    die "--bucket (or TPU_BUCKET) '$bucket': expected gs://NAME, without a folder"
+  [ -f "$checkout/pyproject.toml" ] || die "$checkout is no checkout of itune: it has no pyproject.toml"
+fi
+bucket=${bucket%/}
 where=(--zone "$zone" ${project:+--project "$project"})
 if [ "$slices" = 1 ]; then nodes=("$name"); else nodes=(); for ((i = 0; i < slices; i++)); do nodes+=("$name-$i"); done; fi
+printf -v same ' %q' "${where[@]}"
+same="--name $name$same"; [ "$slices" = 1 ] || same+=" --slices $slices"
 
 # do CMD...: run it, or print it when dry, so that it can be pasted and a script in it be read
 do_() {
@@ -79,6 +90,8 @@ do_() {
   done
   echo
 }
+# on_interrupt WORDS: what Ctrl-C leaves behind from here on
+on_interrupt() { left_behind=$1; trap 'echo "tpu_vm: interrupted: $left_behind" >&2; exit 130' INT; }
 tpu() { do_ gcloud compute tpus "$@" "${where[@]}"; }
 
 # on_workers WORKER SCRIPT: the script on that worker (or all) of every slice; the first that fails decides
@@ -125,17 +138,18 @@ create() {
   check_type
   local ids=(--node-id "$name") now
   [ "$slices" = 1 ] || ids=(--node-count "$slices" --node-prefix "$name")
+  on_interrupt "$name stays requested and may begin to cost money; end it with: scripts/tpu_vm.sh delete $same"
   tpu queued-resources create "$name" "${ids[@]}" --accelerator-type "$type" --runtime-version "$version" \
     ${spot:+--spot} || return 1
   [ -z "$dry" ] || { echo "# every $poll s, until it says ACTIVE:"; look; return; }
   while now=$(state); [ "$now" != ACTIVE ]; do
     case $now in
-      FAILED|SUSPENDED|ABSENT) echo "tpu_vm: $name is $now: no TPU came; see why with: scripts/tpu_vm.sh status" >&2; return 1 ;;
+      FAILED|SUSPENDED|ABSENT) echo "tpu_vm: $name is $now: no TPU came; see why with: scripts/tpu_vm.sh status $same" >&2; return 1 ;;
     esac
     echo "tpu_vm: $name is $now"
     sleep "$poll"
   done
-  echo "tpu_vm: $name is there; it costs money until: scripts/tpu_vm.sh delete --name $name --zone $zone"
+  echo "tpu_vm: $name is there; it costs money until: scripts/tpu_vm.sh delete $same"
 }
 
 setup() {
@@ -189,6 +203,7 @@ start() {
   if [ "$slices" != 1 ]; then  # of the TPU that is there now: one that comes after a preemption has another address
     if [ -n "$dry" ]; then address; coordinator=ADDRESS-OF-${nodes[0]}; else coordinator=$(address) || return 1; fi
   fi
+  on_interrupt "what runs on $name goes on; see it with: scripts/tpu_vm.sh logs $same; stop it with: scripts/tpu_vm.sh stop $same"
   # the shell around the command outlives SIGTERM, so that the exit code is there to read
   job=$(printf '%q' "trap : TERM; ($(printf ' %q' "${command[@]}") ); echo \$? > job.rc")
   for ((slice = 0; slice < ${#nodes[@]}; slice++)); do
@@ -225,12 +240,13 @@ run() {
   [ -z "$watch" ] || check_type  # a preemption will need it
   start
   if [ -z "$watch" ]; then
-    [ -n "$dry" ] || echo "tpu_vm: started; see it with: scripts/tpu_vm.sh logs --name $name --zone $zone"
+    [ -n "$dry" ] || echo "tpu_vm: started; see it with: scripts/tpu_vm.sh logs $same"
     return
   fi
   [ -z "$dry" ] || { echo "# every $poll s:"; look; job; echo "# after a preemption:"; renew; return; }
   while :; do
-    now=$(state) ended=$(job)
+    now=$(state)
+    ended=$(job)
     case $now in SUSPENDING|SUSPENDED|FAILED|DELETING|ABSENT) ended=preempted ;; esac
     case $ended in
       0) echo "tpu_vm: the command is done"; return 0 ;;
@@ -252,15 +268,21 @@ logs() { on_workers "$worker" 'tail -n 200 job.log'; }
 
 status() {
   [ -z "$dry" ] || { look; job; return; }
-  echo "TPU: $(state)"
-  echo "command: $(job)"
+  local now ended
+  now=$(state)
+  echo "TPU: $now"
+  ended=$(job)
+  echo "command: ${ended:-worker 0 does not answer}"
+  case $now in UNKNOWN) return 1 ;; ACTIVE) [ -n "$ended" ] ;; esac  # a TPU that is not there has no worker
 }
 
 fetch() {
   [ -n "$from" ] || die "fetch: --from is missing: a folder on worker 0, or gs://..."
-  if [[ $from == gs://* ]]; then do_ gcloud storage cp -r "$from" "$to"; else
-    tpu tpu-vm scp --recurse "${nodes[0]}:$from" "$to" --worker=0
-  fi
+  case $from in
+    gs://?*) do_ gcloud storage cp -r "$from" "$to" ;;
+    *://*) die "fetch: --from '$from': expected a folder on worker 0, or gs://..." ;;
+    *) tpu tpu-vm scp --recurse "${nodes[0]}:$from" "$to" --worker=0 ;;
+  esac
 }
 
 # the whole process group, so that itune gets the signal and not only the shell around it

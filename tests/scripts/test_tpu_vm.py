@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).resolve().parents[2]
 GCLOUD = r"""#!/usr/bin/env bash
-# states.txt: one line a look at the queued resource, LOGIN for no answer; fail.txt: words of a call that fails
+# states.txt: one line a look at the queued resource, LOGIN for no answer, HANG where it waits; fail.txt: words of a
+# call that fails
 cd "$STAND_IN" || exit 1
 printf '%s\n' "$*" | head -n 1 >> calls.txt
 if [ -s fail.txt ] && [[ "$*" == *$(cat fail.txt)* ]]; then echo "ERROR: injected" >&2; exit 1; fi
@@ -23,6 +25,7 @@ case "$*" in
       LOGIN) printf 'ERROR: (gcloud) Your default credentials were not found.\n- log in\n' >&2 ;;
       ABSENT) echo "ERROR: (gcloud) NOT_FOUND: Resource 'projects/p/queuedResources/tune' was not found" >&2 ;;
       EMPTY) ;;
+      HANG) sleep 60 ;;
       *) echo "WARNING: a new gcloud is there" >&2; echo "$now" ;;
     esac
     [ "$(wc -l < states.txt)" -gt 1 ] && sed -i 1d states.txt
@@ -68,12 +71,12 @@ def install(folder: Path, **programs: str) -> None:
 
 @pytest.fixture
 def stand_in(tmp_path):
-    """A PATH with the stand-in; `run(*arguments, states=, fail=)` calls the script."""
+    """A PATH with the stand-in; `run(*arguments, states=, fail=, interrupt=)` calls the script."""
     (tmp_path / "home").mkdir()
     (tmp_path / "calls.txt").touch()
     install(tmp_path / "bin", gcloud=GCLOUD, gcsfuse=GCSFUSE, **dict.fromkeys(PYTHONS, PYTHON))
 
-    def run(*arguments, states="ACTIVE", fail="", script="tpu_vm.sh", cwd=ROOT, **variables):
+    def run(*arguments, states="ACTIVE", fail="", script="tpu_vm.sh", cwd=ROOT, interrupt="", **variables):
         (tmp_path / "states.txt").write_text("\n".join(states.split()) + "\n")
         (tmp_path / "fail.txt").write_text(fail)
         environment = {
@@ -81,10 +84,21 @@ def stand_in(tmp_path):
             "HOME": str(tmp_path / "home"), "USER": "user", "TPU_NAME": "tune", "TPU_ZONE": "us-west4-a",
             "TPU_TYPE": "v5litepod-16", **variables,
         }  # fmt: skip
-        return subprocess.run(
-            ["bash", str(ROOT / "scripts" / script), *arguments], capture_output=True, text=True, env=environment,
-            cwd=cwd, timeout=60,
-        )
+        default = ["env", "--default-signal=INT"] if interrupt else []  # pytest may be one that runs in the background
+        process = subprocess.Popen(
+            [*default, "bash", str(ROOT / "scripts" / script), *arguments], text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, cwd=cwd, start_new_session=True,
+        )  # fmt: skip
+        if interrupt:  # Ctrl-C, once such a call was made
+            while not any(interrupt in call for call in run.calls()) and process.poll() is None:
+                subprocess.run(["sleep", "0.05"], check=True)
+            subprocess.run(["sleep", "0.3"], check=True)
+            os.killpg(process.pid, signal.SIGINT)
+        try:
+            stdout, stderr = process.communicate(timeout=60)
+        finally:
+            process.kill()
+        return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
     run.calls = lambda: (tmp_path / "calls.txt").read_text().splitlines()
     run.home = tmp_path / "home"
@@ -122,13 +136,46 @@ def test_setup_copies_the_checkout_to_every_worker(stand_in, tmp_path):
     (checkout / "pyproject.toml").write_text("[project]\n")
     (checkout / "scripts").mkdir()
     script = shutil.copy(ROOT / "scripts" / "tpu_vm.sh", checkout / "scripts")
-    done = stand_in("setup", "--bucket", "gs://b", script=script, cwd=tmp_path)  # from any folder
+    done = stand_in("setup", "--bucket", "gs://my-bucket", script=script, cwd=tmp_path)  # from any folder
     assert done.returncode == 0, done.stderr
     assert f"{stand_in.home}/itune[tpu,gcs]" in (stand_in.home / "pip.txt").read_text()
     assert "--implicit-dirs" in (stand_in.home / "gcsfuse.txt").read_text()
     assert (stand_in.home / "itune" / "pyproject.toml").read_text() == "[project]\n"
     assert not (stand_in.home / "itune" / ".git").exists()
     assert any("tpu-vm scp" in call and "--worker=all" in call for call in stand_in.calls())
+
+
+def test_setup_finds_the_checkout_through_a_symlink(stand_in, tmp_path):
+    for link in (tmp_path / "one", tmp_path / "two"):
+        link.symlink_to(tmp_path / "one" if link.name == "two" else ROOT / "scripts" / "tpu_vm.sh")
+    done = stand_in("setup", "--dry-run", script=tmp_path / "two", cwd=tmp_path)
+    assert f" -C {ROOT} " in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("verb", [["setup"], ["setup", "--revision", "HEAD"], ["run", "--watch", "--", "true"]])
+def test_a_folder_that_is_no_checkout_is_not_copied(stand_in, tmp_path, verb):
+    script = shutil.copy(ROOT / "scripts" / "tpu_vm.sh", tmp_path / "bin")
+    done = stand_in(*verb, script=script)
+    message = f"tpu_vm: {tmp_path} is no checkout of itune: it has no pyproject.toml\n"
+    assert (done.returncode, done.stderr, stand_in.calls()) == (2, message, [])
+
+
+def test_the_slash_of_a_bucket_is_left_out(stand_in):
+    assert stand_in("setup", "--revision", "HEAD", TPU_BUCKET="gs://my-bucket/").returncode == 0
+    assert (stand_in.home / "gcsfuse.txt").read_text().split()[-2:] == ["my-bucket", f"{stand_in.home}/bucket"]
+
+
+@pytest.mark.parametrize("bucket", ["b", "gs://", "gs://b;rm -rf x", "gs://my-bucket/sub", "gs://b\nls", "s3://bucket"])
+@pytest.mark.parametrize("verb", [["setup"], ["run", "--watch", "--", "true"]])
+def test_no_bucket_is_one_message(stand_in, verb, bucket):
+    done = stand_in(*verb, TPU_BUCKET=bucket)
+    message = f"tpu_vm: --bucket (or TPU_BUCKET) '{bucket}': expected gs://NAME, without a folder\n"
+    assert (done.returncode, done.stderr, stand_in.calls()) == (2, message, [])
+
+
+@pytest.mark.parametrize("verb", ["create", "logs", "status", "stop", "delete"])
+def test_a_verb_that_needs_no_bucket_does_not_look_at_it(stand_in, verb):
+    assert "bucket" not in stand_in(verb, TPU_BUCKET="gs://b;rm -rf x").stderr and stand_in.calls()
 
 
 @pytest.mark.parametrize("old", [False, True], ids=["new", "3.10"])
@@ -159,6 +206,20 @@ def test_run_starts_the_command_detached_with_its_words_whole(stand_in):
     assert _wait_for(stand_in.home / "job.rc") == "0"
     assert (stand_in.home / "job.log").read_text().splitlines()[-1] == "<a b><it's>"
     assert stand_in("status").stdout == "TPU: ACTIVE\ncommand: 0\n"
+
+
+@pytest.mark.parametrize(
+    ("states", "fail", "code", "said"),
+    [
+        ("ACTIVE", "tpu-vm ssh", 1, "TPU: ACTIVE\ncommand: worker 0 does not answer\n"),
+        ("LOGIN", "", 1, "TPU: UNKNOWN\ncommand: never\n"),
+        ("CREATING", "tpu-vm ssh", 0, "TPU: CREATING\ncommand: worker 0 does not answer\n"),
+        ("ACTIVE", "", 0, "TPU: ACTIVE\ncommand: never\n"),
+    ],
+)
+def test_status_says_what_it_could_not_find_out(stand_in, states, fail, code, said):
+    done = stand_in("status", states=states, fail=fail)
+    assert (done.returncode, done.stdout) == (code, said)
 
 
 def test_stop_lets_the_command_save_and_its_code_be_read(stand_in):
@@ -197,6 +258,29 @@ def test_watch_leaves_a_tpu_alone_that_it_hears_nothing_of(stand_in):
     assert not any(" delete " in call or " create " in call for call in stand_in.calls())
 
 
+SAME = "--name tune --zone us-west4-a --project p"
+STAYS = f"tune stays requested and may begin to cost money; end it with: scripts/tpu_vm.sh delete {SAME}\n"
+GOES_ON = "what runs on tune goes on; "
+GOES_ON += f"see it with: scripts/tpu_vm.sh logs {SAME}; stop it with: scripts/tpu_vm.sh stop {SAME}\n"
+
+
+@pytest.mark.parametrize(
+    ("verb", "states", "message"),
+    [
+        ("create", "WAITING_FOR_RESOURCES", STAYS),
+        ("create", "HANG", STAYS),
+        ("run", "ACTIVE", GOES_ON),
+        ("run", "HANG", GOES_ON),
+        ("run", "SUSPENDED WAITING_FOR_RESOURCES", STAYS),
+    ],
+)
+def test_ctrl_c_says_what_it_leaves_behind(stand_in, verb, states, message):
+    interrupt = "queued-resources create" if "WAIT" in states else "queued-resources describe"
+    command = () if verb == "create" else ("--watch", "--", "sleep", "1")
+    done = stand_in(verb, "--poll", "30", "--project", "p", *command, states=states, interrupt=interrupt)
+    assert (done.returncode, done.stderr) == (130, f"tpu_vm: interrupted: {message}")
+
+
 def test_watch_asks_again_where_no_tpu_came_after_a_preemption(stand_in):
     done = stand_in(
         *("run", "--watch", "--poll", "0.2", "--tries", "3", "--revision", "HEAD", "--"),
@@ -210,9 +294,7 @@ def test_watch_asks_again_where_no_tpu_came_after_a_preemption(stand_in):
 def test_watch_mounts_the_bucket_again_on_a_worker_that_was_restarted(stand_in):
     """Its job.pid names a process that is gone; what runs on other workers ends before all begin again."""
     command = "if [ -f second ]; then exit 0; fi; touch second; echo $$ > $HOME/left; sleep 30 & kill -9 $PPID; wait"
-    done = stand_in(
-        "run", "--watch", "--poll", "0.3", "--bucket", "gs://b", "--", "bash", "-c", command, states="ACTIVE",
-    )  # fmt: skip
+    done = stand_in("run", "--watch", "--poll", "0.3", "--bucket", "gs://my-bucket", "--", "bash", "-c", command)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "command: lost" in done.stdout and "the command is done" in done.stdout
     assert (stand_in.home / "gcsfuse.txt").exists()
@@ -249,7 +331,7 @@ def test_several_slices_know_each_other(stand_in):
 
 @pytest.mark.parametrize("verb", ["create", "setup", "run", "logs", "status", "fetch", "stop", "delete"])
 def test_a_dry_run_prints_and_does_nothing(stand_in, verb):
-    done = stand_in(verb, "--dry-run", "--bucket", "gs://b", "--from", "gs://b/x", "--", "itune", "train")
+    done = stand_in(verb, "--dry-run", "--bucket", "gs://my-bucket", "--from", "gs://b/x", "--", "itune", "train")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("+ ") and stand_in.calls() == []
 
@@ -280,23 +362,66 @@ def test_help_comes_with_and_without_a_verb(stand_in, arguments):
         (["create", "--type", "v9-4"], "--type 'v9-4': its runtime version is not known; give --version"),
         (["create", "--name", "My TPU"], "--name 'My TPU': expected lower-case"),
         (["run"], "give the command after --"),
-        (["create", "--bucket", "b"], "expected gs://NAME"),
+        (["setup", "--bucket", "b"], "expected gs://NAME"),
+        *[
+            (["run", "--watch", option, value, "--", "true"], f"'{value}': expected a {kind}")
+            for option, kind, values in (
+                ("--poll", "number of seconds", ("abc", "-1", "")),
+                ("--tries", "whole number", ("abc", "-1", "1.5", "08", "9" * 20)),
+                ("--slices", "number from 1", ("abc", "0", "9" * 9)),
+                ("--worker", "number, such as 0, or all", ("abc", "-1")),
+            )
+            for value in values
+        ],
+        (["fetch", "--from", "s3://b/x"], "--from 's3://b/x': expected a folder on worker 0, or gs://..."),
+        (["fetch", "--from", "gs://"], "--from 'gs://': expected a folder on worker 0, or gs://..."),
     ],
 )
 def test_bad_usage_is_one_line(stand_in, arguments, message):
     done = stand_in(*arguments)
     assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
+    assert stand_in.calls() == []
+
+
+def test_a_number_in_the_environment_is_looked_at_too(stand_in):
+    done = stand_in("run", "--", "true", TPU_SLICES="abc")
+    assert done.returncode == 2 and "--slices (or TPU_SLICES) 'abc': expected a number" in done.stderr
+
+
+SLURM = {"SLURM_JOB_ID": "123", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_NNODES": "2", "script": "slurm.sh"}
 
 
 def test_slurm_gives_each_node_its_number_and_queues_again_when_preempted(stand_in, tmp_path):
     install(tmp_path / "bin", scontrol=SCONTROL, srun=SRUN)
-    job = {"SLURM_JOB_ID": "123", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_NNODES": "2", "script": "slurm.sh"}
-    done = stand_in("bash", "-c", "env | grep ITUNE_; exit 143", **job)
+    done = stand_in("bash", "-c", "env | grep ITUNE_; exit 143", **SLURM)
     assert sorted(done.stdout.splitlines()[:3]) == [
         "ITUNE_COORDINATOR=node7:20123", "ITUNE_NUM_PROCESSES=2", "ITUNE_PROCESS_ID=1",
     ]  # fmt: skip
     assert done.returncode == 143 and stand_in.calls()[-1] == "scontrol requeue 123"
-    assert stand_in("true", script="slurm.sh").returncode == 2  # not under SLURM
+    assert stand_in("-c", "true", **SLURM).returncode == 127  # a command's word, no option of exec
+
+
+@pytest.mark.parametrize("missing", ["SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_NNODES"])
+def test_slurm_script_outside_slurm_is_one_message(stand_in, tmp_path, missing):
+    install(tmp_path / "bin", scontrol=SCONTROL, srun=SRUN)
+    done = stand_in("true", **{name: value for name, value in SLURM.items() if name != missing})
+    assert (done.returncode, done.stderr) == (
+        2, f"slurm.sh: {missing} is not set: not under SLURM; start it with sbatch\n",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("scontrol", ["#!/bin/sh\n", "#!/bin/sh\necho no controller >&2\nexit 1\n", None])
+def test_slurm_without_a_coordinator_starts_nothing(stand_in, tmp_path, scontrol):
+    install(tmp_path / "bin", srun=SRUN, **({"scontrol": scontrol} if scontrol else {}))
+    done = stand_in("echo", "started", **SLURM)
+    assert done.returncode == 2 and "'scontrol show hostnames node[7-8]' names no node" in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and done.stdout == ""
+
+
+@pytest.mark.parametrize("command", [[], [""]])
+def test_slurm_without_a_command_is_one_message(stand_in, command):
+    done = stand_in(*command, **SLURM)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "give the command" in done.stderr
 
 
 def test_shellcheck_finds_nothing():
