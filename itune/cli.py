@@ -24,14 +24,15 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     parser = build_parser(__version__)
-    arguments, rest = parser.parse_known_args(argv)
+    given = [_at_home(word) for word in (sys.argv[1:] if argv is None else argv)]
+    arguments, rest = parser.parse_known_args(given)
     if not arguments.verb:
         parser.print_help()
         return 2
     try:
         if rest and "config" not in arguments:
             raise InputError(f"argument {rest[0]!r} is not understood; see itune {arguments.verb} --help")
-        arguments.overrides, arguments.words = rest, sys.argv[1:] if argv is None else argv
+        arguments.overrides, arguments.words = rest, given
         quiet_without_tpu()
         with _hidden_secrets(arguments.verb), at_hand(arguments):
             _check_json(getattr(arguments, "json", None))
@@ -55,6 +56,12 @@ def main(argv: list[str] | None = None) -> int:
         print(redact("".join(traceback.format_exception(error))), file=sys.stderr, end="")
         print(f"itune: {arguments.verb} failed; this is a bug of itune: please report the lines above", file=sys.stderr)
         return 1
+
+
+def _at_home(word: str) -> str:
+    """`--key=~/path` with the home folder in it: a shell does not expand that."""
+    key, equals, value = word.partition("=")
+    return f"{key}={os.path.expanduser(value)}" if equals and key.startswith("--") and value[:2] == "~/" else word
 
 
 def _hidden_secrets(verb: str) -> Any:

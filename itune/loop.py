@@ -36,9 +36,10 @@ from itune.runtime.profiler import Profiler
 from itune.runtime.secrets import redact
 from itune.runtime.signals import StopRequest
 from itune.runtime.watchdog import Watchdog
-from itune.setup_run import check_resume, local_rows, make_plan, prepare_data
+from itune.setup_run import check_resume, local_rows, make_plan
 from itune.sharding import describe_sizes
 from itune.skipped import Skipped
+from itune.start_run import prepared
 from itune.step import all_finite
 from itune.storage.cache import local_workdir
 from itune.tuning import frozen_digest
@@ -131,7 +132,7 @@ class Run:
             check_resume(self.workdir, saved, self.config, None, self.log)
         self.ahead = Ahead(self.config, early=saved is None)  # a finished run needs no step
         with self._timed("data"):
-            data = prepare_data(self.config, self.log, self.ahead.begin)
+            data = prepared(self.config, self.log, self.ahead.begin, fresh=saved is None)
         plan = make_plan(self.config, data, self.log)
         self.data, self.plan, self.total = data, plan, data.loader.total_steps
         if saved:
@@ -221,7 +222,8 @@ class Run:
                 if stopped:
                     break
                 # a wish is seen again by the step after it
-                save = self._save_due(self.done) or (asked == _SAVE and self.done > self.saved_step + 1)
+                every = self.config.checkpoint.every
+                save = (every and self.done % every == 0) or (asked == _SAVE and self.done > self.saved_step + 1)
                 if not (save or self.judge.due(self.done)):
                     continue
                 self._read(waiting, meter, keep=0)
@@ -289,10 +291,6 @@ class Run:
         minutes = self.config.checkpoint.minutes
         return _SAVE if self.first and minutes and time.monotonic() - self.saved_at >= 60 * minutes else 0
 
-    def _save_due(self, step: int) -> bool:
-        every = self.config.checkpoint.every
-        return bool(every and step % every == 0)
-
     def _save(self, state: Any) -> None:
         """Begin a save in the background; what the step waits for it is counted in `seconds["save"]`."""
         if not _all_finite((state.trainable, state.opt_state)):
@@ -334,8 +332,8 @@ class Run:
         elif self.done < self.total:
             self.log(f"finished early, at step {self.done} of {self.total}: {self.stalled}")
         else:
-            stall = format_seconds(self.seconds["save"])
-            self.log(f"finished: {self.total} steps in {self.workdir}; its steps waited {stall} for checkpoints")
+            self.log(f"finished: {self.total} steps in {self.workdir}; its steps waited "
+                     f"{format_seconds(self.seconds['save'])} for checkpoints")
         summary = self.summary(preempted)
         if self.first:
             write_atomically(self.workdir / "summary.json", json.dumps(summary, indent=1) + "\n")
@@ -345,6 +343,7 @@ class Run:
     def _finished_before(self) -> Result:
         further = "raise train.epochs or train.max_steps" if self.done == self.total else f"change it: {self.stalled}"
         self.log(f"{self.workdir} is finished with {self.done} steps; to go on, {further}")
+        self.record.write_config()  # a path may have changed
         path = self.workdir / "summary.json"
         summary = json.loads(path.read_text()) if path.is_file() else self.summary(False)
         return Result(self.workdir, self.done, self.total, self.metrics, summary)
@@ -372,9 +371,9 @@ class Run:
         """Step -> addresses of its batch, for the last finished step and the one after it."""
         if not hasattr(self, "data"):
             return {}
-        steps = [step for step in (self.done, self.done + 1) if 1 <= step <= self.total]
         with contextlib.suppress(OSError, ValueError):  # the data may be what failed
-            return {str(step): [a for row in self.data.loader.addresses(step - 1) for a in row] for step in steps}
+            return {str(step): [a for row in self.data.loader.addresses(step - 1) for a in row]
+                    for step in (self.done, self.done + 1) if 1 <= step <= self.total}  # fmt: skip
         return {}
 
     def log(self, text: str) -> None:

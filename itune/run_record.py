@@ -37,9 +37,14 @@ class RunRecord:
         self.environment = environment()
         if self.process:
             return
-        for name, facts in (("config.json", self.config), ("environment.json", self.environment)):
-            write_atomically(self.workdir / name, json.dumps(facts, indent=1, default=str) + "\n")
+        self.write_config()
+        write_atomically(self.workdir / "environment.json", json.dumps(self.environment, indent=1, default=str) + "\n")
         dataset.write_record(self.workdir / "data", section)
+
+    def write_config(self) -> None:
+        """`config.json` alone; the first process writes it."""
+        if not self.process:
+            write_atomically(self.workdir / "config.json", json.dumps(self.config, indent=1, default=str) + "\n")
 
     def write_failure(self, error: Exception, step: int, **facts: Any) -> str:
         """Write the crash record; returns where it is, as a message says it."""

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from itune import evaluators
 from itune.checkpoint import Store
-from itune.config import Config, load_config
+from itune.config import Config
 from itune.evaluators import shown
 from itune.models import load_model, load_pretrained
 from itune.runtime import distributed
 from itune.runtime.compilation import use_compilation_cache
 from itune.setup_run import make_tuning, model_settings
 from itune.sharding import make_mesh
+from itune.start_run import run_config
 from itune.storage.fetch import model_folder as folder_of
 from itune.types import InputError
 from itune.weights import saved_halves
@@ -43,14 +46,16 @@ def load_run(
 ) -> LoadedRun:
     """Model, tokenizer and verified parameters of a run directory, for evaluation and export.
 
-    Without `step` the newest whole checkpoint. Without `mesh` the config's. Raises InputError when there is no such
-    checkpoint, RunError when it is damaged.
+    Without `step` the newest whole checkpoint. Without `mesh` the config's, see `mesh_here`. Raises InputError when
+    there is no such checkpoint, RunError when it is damaged.
     """
     from itune.data.templates import load_tokenizer
 
     folder = Path(workdir)
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{folder}: not a run directory: it has no config.json")
+    for name in ("config.json", "checkpoints"):
+        if not (folder / name).exists():
+            hint = " but a model folder" if name == "checkpoints" and (folder / "tokenizer.json").is_file() else ""
+            raise InputError(f"{folder}: not a run directory{hint}: it has no {name}")
     store = Store(folder / "checkpoints", log=log)
     if step is None:
         step = store.newest_good()
@@ -58,13 +63,20 @@ def load_run(
         store.check_named(step)
     if step is None:
         raise InputError(f"{folder}: no checkpoint there yet")
-    config = load_config(folder / "config.json")
-    mesh = make_mesh(dataclasses.asdict(config.mesh)) if mesh is None else mesh
+    config = run_config(folder)
+    mesh = mesh_here(config) if mesh is None else mesh
     tokenizer = load_tokenizer(config.model.path, config.data.chat_template, config.model.revision or None)
     model = load_model(config.model.path, mesh, **model_settings(config, tokenizer))
     tuning = make_tuning(config, model)
     halves = saved_halves(config, model, tokenizer, store, step, log)
     return LoadedRun(config, step, tokenizer, model, tuning.parameters(*halves), tuning, halves)
+
+
+def mesh_here(config: Config) -> Mesh:
+    """The config's mesh where this machine has as many devices; else one that spreads weights over all it has."""
+    sizes = dataclasses.asdict(config.mesh)
+    fits = math.prod(abs(size) for size in sizes.values()) == jax.device_count() or -1 in sizes.values()
+    return make_mesh(sizes if fits else {"fsdp": -1})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +103,7 @@ def evaluate_saved(
     Without it a run's evaluation of step 0, where there is one, is what a later step is compared with.
     """
     use_compilation_cache()
-    mesh = make_mesh(dataclasses.asdict(config.mesh))
+    mesh = mesh_here(config)
     if base and not config.model.path:
         raise InputError("eval --base: model.path is empty; set it to the model that training started from")
     if workdir is not None:
@@ -100,6 +112,8 @@ def evaluate_saved(
         judged = Judged(name, run.tokenizer, run.model, run.params, _questions(config, run.tokenizer))
         base_folder = Path(workdir) / "eval" / "0" if run.step else None
     elif model_folder is not None:
+        if (Path(model_folder) / "checkpoints").is_dir():
+            raise InputError(f"--model {model_folder}: is a run directory; give it as --workdir")
         revision = config.model.revision if model_folder == config.model.path else ""
         judged = _load(config, str(model_folder), revision, mesh)
         folder, base_folder = Path(out or f"eval-{Path(str(model_folder)).name}"), None

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
 
 from itune.checkpoint import Store
-from itune.checkpoint.view import open_view
-from itune.config import Config, load_config
-from itune.models import load_pretrained
+from itune.config import Config
+from itune.data.templates import load_tokenizer
+from itune.models import load_model, load_pretrained
 from itune.setup_run import Plan, make_tuning, model_settings
+from itune.start_run import open_start, run_config
 from itune.step import init_state
-from itune.storage.bucket import is_url
 from itune.tuning import frozen_digest
 from itune.types import InputError, TrainState
 
@@ -35,43 +38,91 @@ def resumed_state(plan: Plan, store: Store, step: int, tokenizer: Any, log: Log)
     state = store.restore(step, plan.state.replace(frozen={}))
     if not plan.state.frozen:
         return state
-    frozen = plan.tuning.frozen(base_weights(plan.config, plan.model, tokenizer, log))
-    check_frozen(frozen, store.read(step).data, plan.config)
-    return state.replace(frozen=frozen)
+    return state.replace(frozen=frozen_weights(plan.config, plan.model, tokenizer, store.read(step).data, log))
 
 
-def base_weights(config: Config, model: Any, tokenizer: Any, log: Log) -> Any:
-    """All parameters that a run begins with: of `model.path`, or those that the run of `train.init_from` ended with."""
+def base_weights(config: Config, model: Any, tokenizer: Any, log: Log, step: int | None = None) -> Any:
+    """All parameters that a run begins with: of `model.path`, or those that the run of `train.init_from` ended with.
+
+    `step`: of that run, its newest without one. They are brought to the dtype of `model` and to its vocabulary.
+    """
     if not config.train.init_from:
         return load_pretrained(config.model.path, model.mesh, **model_settings(config, tokenizer))[1]
     start = config.train.init_from
-    folder = open_view(start).folder if is_url(start) else Path(start)
-    store = Store(folder / "checkpoints", log=log)
-    step = store.newest_good()
+    folder, store = open_start(config, log)
+    step = store.newest_good() if step is None else step
     if step is None:
         raise InputError(f"train.init_from: {folder} has no checkpoint; it must be a run directory")
     log(f"start from the parameters of {start}, step {step}")
-    theirs = load_config(folder / "config.json")
-    tuning = make_tuning(theirs, model)
-    return tuning.merged(*saved_halves(theirs, model, tokenizer, store, step, log))
+    theirs = run_config(folder)
+    their_model, their_tokenizer = _their_model(theirs, model, tokenizer)
+    tuning = make_tuning(theirs, their_model)
+    params = tuning.merged(*saved_halves(theirs, their_model, their_tokenizer, store, step, log))
+    return _brought(params, their_model, model, start)
+
+
+def frozen_weights(config: Config, model: Any, tokenizer: Any, saved: dict[str, Any], log: Log) -> Any:
+    """What is frozen in a run whose checkpoint has this data, as when the run began. InputError where it is gone."""
+    tuning, steps = make_tuning(config, model), cast("list[int | None]", [None])
+    if config.train.init_from:  # that run may have gone on since
+        store = open_start(config, log)[1]
+        steps = [step for step in reversed(store.steps()) if not store.verify(step)] or [None]
+    for step in steps:
+        frozen = tuning.frozen(base_weights(config, model, tokenizer, log, step))
+        if saved.get("frozen") == frozen_digest(frozen):
+            return frozen
+    where, what = config.model.path, "its weights are not those"
+    if config.train.init_from:
+        where, what = config.train.init_from, f"none of its steps ({', '.join(map(str, reversed(steps)))}) is the one"
+    raise InputError(f"{where}: {what} that this run began with, and checkpoints hold only what trains; put the "
+                     "original there again")
 
 
 def saved_halves(config: Config, model: Any, tokenizer: Any, store: Store, step: int, log: Log) -> tuple[Any, Any]:
     """(trainable, frozen) of a run's checkpoint; `config` is that run's."""
-    tuning = make_tuning(config, model)
-    trainable, frozen = tuning.abstract()
+    trainable, frozen = make_tuning(config, model).abstract()
     trainable = store.restore_part(step, "trainable", trainable)
     if frozen:
-        frozen = tuning.frozen(base_weights(config, model, tokenizer, log))
-        check_frozen(frozen, store.read(step).data, config)
+        frozen = frozen_weights(config, model, tokenizer, store.read(step).data, log)
     return trainable, frozen
 
 
-def check_frozen(frozen: Any, saved: dict[str, Any], config: Config) -> None:
-    """Raise InputError when the frozen parameters are not those of the run that saved this data."""
-    if saved.get("frozen") != frozen_digest(frozen):
-        where = config.train.init_from or config.model.path
-        raise InputError(
-            f"{where}: its weights are not those that this run began with, and checkpoints hold only what trains; "
-            "put the original model there again"
-        )
+def _their_model(theirs: Config, model: Any, tokenizer: Any) -> tuple[Any, Any]:
+    """Model and tokenizer of another run, on our mesh: its dtypes and vocabulary are its own."""
+    path, template = theirs.model.path, theirs.data.chat_template
+    try:
+        own = load_tokenizer(path, template, theirs.model.revision or None)
+        return load_model(path, model.mesh, **model_settings(theirs, own)), own
+    except InputError:  # what it began from is gone: of a run that trained everything nothing else is needed
+        return dataclasses.replace(model, param_dtype=theirs.model.param_dtype), tokenizer
+
+
+def _brought(params: Any, theirs: Any, ours: Any, start: str) -> Any:
+    """Parameters of one model for another that differs in dtype, or in tokens that its template adds."""
+    if differ := [
+        field.name for field in dataclasses.fields(ours.config)
+        if field.name not in ("vocab_size", "init_std", "max_length")
+        and getattr(ours.config, field.name) != getattr(theirs.config, field.name)
+    ]:  # fmt: skip
+        raise InputError(f"train.init_from: {start} tuned another model than model.path: {', '.join(differ)} differ")
+    if theirs.config.vocab_size > ours.config.vocab_size:
+        raise InputError(f"train.init_from: {start} has {theirs.config.vocab_size} tokens, this run "
+                         f"{ours.config.vocab_size}; take its data.chat_template")
+    wanted, structure = jax.tree.flatten(ours.abstract_params())
+    places = jax.tree.leaves(ours.shardings()) or [None] * len(wanted)
+    leaves = jax.tree.leaves(params)
+    del params
+    for index, (leaf, place) in enumerate(zip(wanted, places, strict=True)):
+        if (leaves[index].shape, leaves[index].dtype) != (leaf.shape, leaf.dtype):  # one by one: no second copy of all
+            leaves[index] = jax.jit(_fitted, static_argnums=(1, 2), out_shardings=place)(
+                leaves[index], leaf.shape[0], leaf.dtype.name
+            )
+    return jax.tree.unflatten(structure, leaves)
+
+
+def _fitted(leaf: jax.Array, rows: int, dtype: str) -> jax.Array:
+    """In another dtype, with more rows: each the mean of those that there were, as for tokens new to a checkpoint."""
+    if leaf.shape[0] == rows:
+        return leaf.astype(dtype)
+    mean = leaf.astype(jnp.float32).mean(0, keepdims=True).astype(dtype)
+    return jnp.concatenate([leaf.astype(dtype), jnp.broadcast_to(mean, (rows - leaf.shape[0], *leaf.shape[1:]))])

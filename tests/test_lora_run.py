@@ -158,7 +158,7 @@ def test_what_adapters_began_with_is_read_once_and_before_the_weights(inputs, ru
     monkeypatch.setattr(weights, "load_pretrained", lambda *given, **more: pytest.fail("hours for a large model"))
     capsys.readouterr()
     assert main(arguments(inputs, tmp_path / "other", 2, **begun)) == 2
-    assert f"lora.init_from: {tmp_path / 'adapter'} has no adapter_config.json" in capsys.readouterr().err
+    assert f"lora.init_from: no folder {tmp_path / 'adapter'}; expected an adapter folder" in capsys.readouterr().err
 
 
 def test_a_saved_run_is_judged_as_it_was_when_it_ended(inputs, run, tmp_path):

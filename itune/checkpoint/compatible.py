@@ -48,6 +48,8 @@ CLASSES: dict[str, str] = {
     "data.near_duplicate": "data",
     "data.predicate": "data",
     "model.path": "data",
+    "train.init_from": "may",  # what is frozen is compared with what the run began with, the rest is in the checkpoint
+    "lora.init_from": "may",
     "evaluators": "may",
     "checkpoint": "may",
     "eval": "may",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import glob
-import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from itune.config import load_config
 from itune.export.check import check_with
@@ -26,7 +24,6 @@ from itune.models import Model, forward, load_model, save_pretrained
 from itune.models.hf.files import find_folder
 from itune.models.peft import read_adapter, write_adapter
 from itune.runtime import distributed
-from itune.sharding import make_mesh
 from itune.types import InputError, RunError
 
 
@@ -117,7 +114,7 @@ def export_run(
     from itune.saved_run import load_run
 
     check_target(Path(out), None)
-    run = load_run(workdir, step, _mesh_here(Path(workdir)), log)
+    run = load_run(workdir, step, log=log)
     section = run.config.model
     model, params, info = run.model, run.params, {"workdir": str(workdir), "step": run.step}
     if run.config.lora.rank:
@@ -167,7 +164,7 @@ def export_adapter(
     config = load_config(Path(workdir) / "config.json") if (Path(workdir) / "config.json").is_file() else None
     if config is not None and not config.lora.rank:
         raise InputError(f"{workdir}: this run tuned without LoRA, there is no adapter; export it without --adapter")
-    run = load_run(workdir, step, _mesh_here(Path(workdir)), log)
+    run = load_run(workdir, step, log=log)
     section, lora, adapters = run.config.model, run.tuning.lora, run.halves[0]
     origin = find_folder(section.path, section.revision or None, weights=False)
     rows = load_model(section.path, revision=section.revision or None).config.vocab_size
@@ -192,15 +189,6 @@ def export_adapter(
     log(f"exported the adapters of step {run.step} to {out}: {report['parameters']:,} parameters, {size:,} bytes, "
         f"for {base}; read back equal")
     return report
-
-
-def _mesh_here(workdir: Path) -> Mesh | None:
-    """None (the run's own mesh) where this machine has as many devices; else a mesh that spreads weights over all."""
-    if not (workdir / "config.json").is_file():
-        return None
-    sizes = dataclasses.asdict(load_config(workdir / "config.json").mesh)
-    fits = math.prod(abs(size) for size in sizes.values()) == jax.device_count() or -1 in sizes.values()
-    return None if fits else make_mesh({"fsdp": -1})
 
 
 def check_target(folder: Path, origin: Path | None) -> None:

@@ -29,6 +29,7 @@ def environment() -> dict[str, Any]:
     """Versions, devices, revision of the working tree and the command, as `environment.json` keeps them."""
     return {
         "command": [redact(word) for word in sys.argv],
+        "folder": str(Path.cwd()),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": {name: found for name in _PACKAGES if (found := _version(name))},

@@ -65,6 +65,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The folder's config.json."""
     file = folder / "config.json"
     if not file.is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise InputError(f"{folder}: is an adapter of peft, not a model: start from it with lora.init_from and its "
+                             "base as model.path, or export the run that made it merged")
         found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
         raise InputError(f"{folder}: no config.json; expected a Hugging Face model folder, found {found}")
     hf = read_json(_inside(folder, file.name, folder))

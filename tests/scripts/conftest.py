@@ -1,0 +1,3 @@
+"""The stand-ins are there for the tests of both scripts."""
+
+from stand_ins import stand_in  # noqa: F401
