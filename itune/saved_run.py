@@ -22,7 +22,7 @@ from itune.runtime import distributed
 from itune.runtime.compilation import use_compilation_cache
 from itune.setup_run import make_tuning, model_settings
 from itune.sharding import make_mesh
-from itune.start_run import run_config
+from itune.start_run import run_config, trained_on
 from itune.storage.fetch import model_folder as folder_of
 from itune.types import InputError
 from itune.weights import saved_halves
@@ -111,6 +111,10 @@ def evaluate_saved(
         folder, name = Path(out or Path(workdir) / "eval" / str(run.step)), f"{workdir}, step {run.step}"
         judged = Judged(name, run.tokenizer, run.model, run.params, _questions(config, run.tokenizer))
         base_folder = Path(workdir) / "eval" / "0" if run.step else None
+        asks = judged.dataset is not None and config.evaluators != ("data_scores",)  # which is about training data
+        if asks and run.step and (count := trained_on(Path(workdir), judged.dataset)):
+            print(f"warning: {count} of the {len(judged.dataset.held_out):,} held-out items are of sources that "
+                  f"{workdir} trained on, and it did not hold them out; use its config.json")
     elif model_folder is not None:
         if (Path(model_folder) / "checkpoints").is_dir():
             raise InputError(f"--model {model_folder}: is a run directory; give it as --workdir")

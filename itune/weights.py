@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -63,19 +63,28 @@ def base_weights(config: Config, model: Any, tokenizer: Any, log: Log, step: int
 
 def frozen_weights(config: Config, model: Any, tokenizer: Any, saved: dict[str, Any], log: Log) -> Any:
     """What is frozen in a run whose checkpoint has this data, as when the run began. InputError where it is gone."""
-    tuning, steps = make_tuning(config, model), cast("list[int | None]", [None])
-    if config.train.init_from:  # that run may have gone on since
-        store = open_start(config, log)[1]
-        steps = [step for step in reversed(store.steps()) if not store.verify(step)] or [None]
-    for step in steps:
+    tuning, steps = make_tuning(config, model), []
+    for step in _start_steps(config, log):
         frozen = tuning.frozen(base_weights(config, model, tokenizer, log, step))
         if saved.get("frozen") == frozen_digest(frozen):
             return frozen
+        steps.append(str(step))
     where, what = config.model.path, "its weights are not those"
     if config.train.init_from:
-        where, what = config.train.init_from, f"none of its steps ({', '.join(map(str, reversed(steps)))}) is the one"
+        where, what = config.train.init_from, f"none of its steps ({', '.join(reversed(steps))}) is the one"
     raise InputError(f"{where}: {what} that this run began with, and checkpoints hold only what trains; put the "
                      "original there again")
+
+
+def _start_steps(config: Config, log: Log) -> Iterator[int | None]:
+    """Steps of `train.init_from` that this run may have begun with, the newest first: that run may have gone on."""
+    if not config.train.init_from:
+        yield None
+        return
+    store = open_start(config, log)[1]
+    newest = store.newest_good()
+    yield newest
+    yield from (step for step in reversed(store.steps()) if step < (newest or 0) and not store.verify(step))
 
 
 def saved_halves(config: Config, model: Any, tokenizer: Any, store: Store, step: int, log: Log) -> tuple[Any, Any]:

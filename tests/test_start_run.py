@@ -125,6 +125,14 @@ def test_held_out_items_that_the_start_was_trained_on_are_told(start):
     assert f"warning: {held[1] - held[0]} of the {held[1]} held-out items are of sources that a trained on" in said
 
 
+def test_an_evaluation_on_what_a_run_was_trained_on_is_told(start, capsys):
+    assert start("a")[0] == 0
+    words = ["eval", "--config", "a/config.json", "--workdir", "a", "--config.evaluators=('heldout_loss',)"]
+    for share, warned in (("0.1", False), ("0.4", True)):
+        assert main([*words, f"--config.data.held_out_share={share}", "--out", f"out{share}"]) == 0
+        assert ("held-out items are of sources that a trained on" in capsys.readouterr().out) == warned
+
+
 def test_a_run_of_many_devices_is_judged_on_one(start, capsys):
     assert start("a", "--config.mesh.fsdp=4", "--config.mesh.tensor=2")[0] == 0
     words = ["eval", "--config", "a/config.json", "--workdir", "a", "--config.evaluators=('heldout_loss',)"]

@@ -90,7 +90,7 @@ def lines(report: Report, price_file: str | None = None) -> Iterator[str]:
         yield f"  {'chip':<14}{report.limit / GIB:9.2f}   {verdict}"
     yield "bytes that one device receives a step, GB" + ("" if report.traffic else ": none, it is alone")
     for purpose, size in sorted(report.traffic.items(), key=lambda item: -item[1]):
-        yield f"  {purpose:<28}{size / 1e9:9.2f}"
+        yield f"  {purpose:<28}{size / 1e9:9.2f}" if size >= 1e8 else f"  {purpose:<28}{size / 1e9:9.2g}"
     waste = t.hardware_flops / t.model_flops
     yield (
         f"FLOPs a step: model {t.model_flops:.3e}, hardware {t.hardware_flops:.3e} "
