@@ -75,13 +75,17 @@ def train_flops(config: Any, tokens: int, pairs: Mapping[int | None, float]) -> 
 
 
 def partial_train_flops(
-    config: Any, tokens: int, pairs: Mapping[int | None, float], trained: float, added: float = 0.0
+    config: Any, tokens: int, pairs: Mapping[int | None, float], trained: float, added: float = 0.0,
+    through: bool = True,
 ) -> float:
     """FLOPs of forward and backward where only some matrices train: no gradient of the others is formed.
 
     trained: entries of the matrices that train, of experts those that a token chooses. added: entries of adapters
-    among them, which N_mat does not count.
+    among them, which N_mat does not count. through: whether gradients go back through the layers: not where nothing
+    trains but the head and the norm before it.
     """
     whole = matrix_parameters(config)
+    if not through:
+        return forward_flops(config, tokens, pairs) + 2.0 * (config.width * config.vocab_size + trained) * tokens
     attention = forward_flops(config, tokens, pairs) - 2.0 * whole * tokens
     return 3.0 * attention + (4.0 * (whole + added) + 2.0 * trained) * tokens

@@ -84,7 +84,8 @@ class Tuning:
             if path == head or path.rpartition("/")[2] in ("kernel", "a", "b")
         )
         added = trained if self.lora is not None else 0.0
-        return functools.partial(flops.partial_train_flops, trained=trained, added=added)
+        through = any(not path.startswith(("lm_head/", "final_norm/")) for path in leaf_paths(trainable))
+        return functools.partial(flops.partial_train_flops, trained=trained, added=added, through=through)
 
     def describe(self, trainable: Any, frozen: Any) -> str:
         """One line for the log: how many parameters train, and how many are frozen in which dtype."""

@@ -67,6 +67,8 @@ def hardware_flops(layout: Layout) -> float:
     """
     m, c = layout.model.config, layout.config
     rows, length = c.train.batch_size, c.data.max_length
+    if not layout.through:
+        return model_flops(layout)
     head = 2.0 * m.width * m.vocab_size * rows * length
     pairs = {w: rows * flops.visible_pairs(np.arange(length)[None], np.ones((1, length)), w) for w in
              dict.fromkeys(flops.windows(m))}  # fmt: skip

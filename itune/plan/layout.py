@@ -25,8 +25,8 @@ class Layout:
     """What the formulas read. `parameters`, `optimizer`: bytes on a device; `trained`: parameters a device trains.
 
     `trained_layers`: share of the layers' parameters that train themselves, `head_trains`: whether the head's kernel
-    does (of a run with adapters 0 and no). `tokens`: of one micro-batch on one device. `sizes`: axis -> devices over
-    all slices; `dcn`: axis -> slices that it spans.
+    does (of a run with adapters 0 and no), `through`: whether gradients go back through the layers. `tokens`: of one
+    micro-batch on one device. `sizes`: axis -> devices over all slices; `dcn`: axis -> slices that it spans.
     """
 
     config: Config
@@ -38,6 +38,7 @@ class Layout:
     trained: int
     trained_layers: float
     head_trains: bool
+    through: bool
     tokens: int
 
     @property
@@ -107,6 +108,7 @@ def layout_of(config: Config, model: Any, sizes: Mapping[str, int], state: Any) 
         optimizer=device_bytes(state.opt_state),
         trained=sum(_elements(leaf) for leaf in jax.tree.leaves(state.trainable)),
         trained_layers=trained / all_of_them if whole and all_of_them else 0.0, head_trains=whole and bool(head),
+        through=any(name not in ("lm_head", "final_norm") for name, part in state.trainable.items() if part),
         tokens=config.train.batch_size * config.data.max_length // groups,
     )
 

@@ -35,7 +35,7 @@ def formula_memory(layout: Layout) -> Need:
     c = layout.config
     gradients = 4 * layout.trained
     kept = c.train.remat
-    activations = int(layout.model.config.num_layers * layout.tokens * kept_per_token(layout, kept))
+    activations = int(layout.model.config.num_layers * layout.tokens * kept_per_token(layout, kept) * layout.through)
     held = gradients if c.train.accumulation > 1 else 0  # the sum over micro-batches lives through all of them
     layer_moment = gradients + activations + layer_bytes(layout)
     head_moment = activations + head_bytes(layout)

@@ -148,10 +148,12 @@ def _split(by_formula: Need, needed: int) -> Need:
     """The compiler's total, its temporaries as what the other parts leave."""
     if not needed:
         return by_formula
-    known_parts = by_formula.total - by_formula.temporaries
-    gradients = min(by_formula.gradients, max(needed - known_parts + by_formula.gradients, 0))
-    rest = needed - known_parts + by_formula.gradients - gradients
-    return dataclasses.replace(by_formula, gradients=gradients, temporaries=rest)
+    left = max(needed - by_formula.parameters - by_formula.optimizer, 0)
+    activations = min(by_formula.activations, left)
+    gradients = min(by_formula.gradients, left - activations)
+    return dataclasses.replace(
+        by_formula, activations=activations, gradients=gradients, temporaries=left - activations - gradients
+    )
 
 
 def _settings(layout: Layout) -> dict[str, Any]:

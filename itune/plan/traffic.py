@@ -16,9 +16,9 @@ def formula_traffic(layout: Layout) -> dict[str, float]:
     kernels = layers * layer_elements(layout.model, tensor, sizes["expert"])[0]
     share = (fsdp - 1) / fsdp
     hidden = layout.tokens * m.width * layout.width_bytes  # of one layer, one micro-batch
-    passes = 3 if c.train.remat != "none" else 2
+    passes = (3 if c.train.remat != "none" else 2) if layout.through else 1
     traffic = {
-        "gather weights": micro * 2 * layout.width_bytes * kernels * share,
+        "gather weights": micro * (1 + layout.through) * layout.width_bytes * kernels * share,
         "sum gradients over fsdp": micro * 4 * kernels * share * layout.trained_layers,
         "sum gradients over data": micro * 2 * 4 * layout.trained * (data * context - 1) / (data * context),
         "embedding": micro * 3 * hidden * share,

@@ -30,9 +30,11 @@ def plan(base_folder, tmp_path, capsys):
 
 
 def test_what_is_frozen_needs_no_gradient(plan):
-    whole, part = (plan(*more)[1] for more in ((), ("--config.train.freeze=mlp|attention|embed",)))
+    whole, part = (plan(*more)[1] for more in ((), ("--config.train.freeze=proj|embed",)))
     assert part["flops"]["model"] < 0.95 * whole["flops"]["model"]  # most of it is attention
     assert part["traffic"].get("sum gradients over fsdp", 0) < 0.02 * whole["traffic"]["sum gradients over fsdp"]
+    ends = plan("--config.train.freeze=blocks|embed")[1]  # nothing goes back through the layers
+    assert ends["flops"]["hardware"] < 0.6 * part["flops"]["hardware"] and ends["memory"]["activations"] == 0
     half = plan("--config.train.freeze=attention")[1]["traffic"]["sum gradients over fsdp"]
     assert 0.3 < half / whole["traffic"]["sum gradients over fsdp"] < 0.9
 
