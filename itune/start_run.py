@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +12,9 @@ from itune.checkpoint import Store
 from itune.checkpoint.view import open_view
 from itune.config import Config, load_config
 from itune.data import words
-from itune.setup_run import Data, prepare_data
+from itune.setup_run import Data, Log, prepare_data
 from itune.storage.bucket import is_url
 from itune.types import InputError
-
-Log = Callable[[str], None]
 
 
 def run_config(folder: Path) -> Config:
@@ -70,12 +67,7 @@ def trained_on(run: Path, dataset: Any) -> int:
     except (OSError, ValueError, LookupError, TypeError):  # no record of the data: nothing can be said
         return 0
     rows = [row for row in dataset.held_out_conversations if row.address.source in sources]
-    return sum(_digest(row) not in held and _place(str(row.address)) not in gone for row in rows)
-
-
-def _digest(row: Any) -> str:
-    """As `heldout_proof.json` has it."""
-    return hashlib.sha256(words.normalise(words.prompt_text(row)).encode()).hexdigest()
+    return sum(words.prompt_digest(row) not in held and _place(str(row.address)) not in gone for row in rows)
 
 
 def _place(address: str) -> str:

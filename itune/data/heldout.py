@@ -130,8 +130,7 @@ def _proof(
     compared: contamination.Comparison | None,
     minimum: int,
 ) -> dict[str, Any]:
-    prompts = [words.prompt_text(row) for row in held_out]
-    hashes = [hashlib.sha256(words.normalise(text).encode()).hexdigest() for text in prompts]
+    hashes = [words.prompt_digest(row) for row in held_out]
     novel = len(set(hashes))
     if novel < minimum:
         raise InputError(f"held out: {novel} distinct novel prompts remain of {len(held_out)} items; data.novel_min "

@@ -7,6 +7,7 @@ and held-out matches agree with each other.
 from __future__ import annotations
 
 import functools
+import hashlib
 import re
 import unicodedata
 from collections.abc import Iterator
@@ -111,6 +112,11 @@ def turns(conversation: Conversation) -> Iterator[Turn]:
 def prompt_text(conversation: Conversation) -> str:
     """All user messages, one a line group: what a held-out item asks."""
     return "\n".join(message.content for message in conversation.messages if message.role == "user")
+
+
+def prompt_digest(row: Conversation) -> str:
+    """SHA-256 of the normalised prompt, as `heldout_proof.json` has it."""
+    return hashlib.sha256(normalise(prompt_text(row)).encode()).hexdigest()
 
 
 def whole_text(conversation: Conversation) -> str:

@@ -22,9 +22,10 @@ from itune.models.hf.read import read_slice
 from itune.models.lora import Lora, abstract_adapters, adapter_shardings, targets
 from itune.models.model import Model
 from itune.storage.fetch import model_folder
+from itune.storage.hub import ADAPTER as WEIGHTS
+from itune.storage.hub import ADAPTER_CONFIG as CONFIG
 from itune.types import InputError
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 SIDES = {"a": "lora_A", "b": "lora_B"}
 # what makes an adapter something else than the plain LoRA that we compute

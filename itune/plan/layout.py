@@ -73,9 +73,14 @@ def lay_out(config: Config, devices: int, vocab_size: int | None = None, slices:
     return dataclasses.replace(layout_of(config, model, sizes, state), dcn=_spanned(config, sizes, slices))
 
 
+def slices_said(config: Config) -> dict[str, int]:
+    """Axis -> slices, as the config says."""
+    return {axis: getattr(config.mesh, f"dcn_{axis}") for axis in ("data", "fsdp")}
+
+
 def _spanned(config: Config, sizes: Mapping[str, int], slices: int) -> dict[str, int]:
     """Axis -> slices that it spans: as mesh.dcn_* says, or where that says nothing, as devices lie in their order."""
-    said = {axis: getattr(config.mesh, f"dcn_{axis}") for axis in ("data", "fsdp")}
+    said = slices_said(config)
     if (product := math.prod(said.values())) == slices:
         return said
     if product > 1:
@@ -103,7 +108,7 @@ def layout_of(config: Config, model: Any, sizes: Mapping[str, int], state: Any) 
     trained, all_of_them = (_layer_parameters(tree) for tree in (state.trainable, [state.trainable, state.frozen]))
     head = state.trainable.get("embed" if model.config.tie_embeddings else "lm_head")
     return Layout(
-        config, model, sizes, {axis: getattr(config.mesh, f"dcn_{axis}") for axis in ("data", "fsdp")},
+        config, model, sizes, slices_said(config),
         parameters=device_bytes(state.trainable) + device_bytes(state.frozen),
         optimizer=device_bytes(state.opt_state),
         trained=sum(_elements(leaf) for leaf in jax.tree.leaves(state.trainable)),

@@ -22,7 +22,7 @@ from itune.plan.count import count_flops
 from itune.plan.estimate import estimate, prices
 from itune.plan.hlo import between_slices, collectives, moved
 from itune.plan.inputs import Known, known
-from itune.plan.layout import Layout, lay_out
+from itune.plan.layout import Layout, lay_out, slices_said
 from itune.plan.memory import Need, formula_memory
 from itune.plan.report import Report, lines
 from itune.plan.traffic import across_slices, formula_traffic
@@ -159,7 +159,7 @@ def _split(by_formula: Need, needed: int) -> Need:
 def _settings(layout: Layout) -> dict[str, Any]:
     c = layout.config
     return {
-        "mesh": dict(layout.sizes), "dcn": {axis: getattr(c.mesh, f"dcn_{axis}") for axis in layout.dcn},
+        "mesh": dict(layout.sizes), "dcn": slices_said(c),
         "rows": c.train.batch_size, "length": c.data.max_length,
         "accumulation": c.train.accumulation, "remat": c.train.remat, "lora_rank": c.lora.rank,
         "compute_dtype": c.model.compute_dtype, "param_dtype": c.model.param_dtype,

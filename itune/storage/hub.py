@@ -20,7 +20,8 @@ UNREAD = [
     "consolidated*", "params.json", "*.bin.index.json", "trainer_state.json",
     *(f"*/{each}" for each in MODEL_FILES if each != "*.jinja"),
 ]  # fmt: skip
-SINGLE, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # of peft
 
 
 def is_read(name: str, weights: bool = True) -> bool:
@@ -54,7 +55,7 @@ def _commit(repo: str, revision: str | None, key: str) -> str:
 
 def _weights(folder: Path, key: str) -> list[str]:
     """The files with the weights, as the index names them: a folder may have others beside, in narrower dtypes."""
-    if key != "model.path" and (folder / "adapter_config.json").is_file():
+    if key != "model.path" and (folder / ADAPTER_CONFIG).is_file():
         return [ADAPTER]
     try:
         names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
@@ -87,7 +88,7 @@ def _cached(repo: str, revision: str | None) -> Path | None:
     """The snapshot in the cache that has a configuration, though other files be missing."""
     import huggingface_hub
 
-    for name in ("config.json", "adapter_config.json"):
+    for name in ("config.json", ADAPTER_CONFIG):
         found = huggingface_hub.try_to_load_from_cache(repo, name, revision=revision)
         if isinstance(found, str):
             return Path(found).parent

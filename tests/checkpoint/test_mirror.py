@@ -47,6 +47,20 @@ def begin(folder):
     return mirror, Store(folder / "checkpoints", mirror=mirror, log=lambda line: None)
 
 
+def empty(memory):
+    for name in list(memory.store):
+        memory.rm_file(name)
+
+
+def begin_and_empty(memory, folder):
+    """A run whose checkpoint of step 4 was uploaded, before all of the bucket was removed."""
+    mirror, _ = begin(folder)
+    save(mirror, 4)
+    mirror.push(4)
+    empty(memory)
+    return mirror
+
+
 def objects(memory, below=""):
     root = "/b/runs/x/" + below
     return sorted(name.removeprefix(root) for name in memory.store if name.startswith(root))
@@ -179,17 +193,12 @@ def test_retention_takes_the_manifest_first(memory, tmp_path, monkeypatch):
 
 
 def test_another_run_in_staging_is_set_aside(memory, tmp_path):
-    mirror, _ = begin(tmp_path / "one")
-    save(mirror, 4)
-    mirror.push(4)
-    for name in list(memory.store):
-        memory.rm_file(name)
+    begin_and_empty(memory, tmp_path / "one")
     mirror, store = begin(tmp_path / "one")  # the bucket was emptied: the run begins anew
     assert store.newest_good() is None and objects(memory) == ["bucket.json"]
     assert find_damage(tmp_path / "one.aside" / "checkpoints" / "4") == []
     save(mirror, 8)
-    for name in list(memory.store):
-        memory.rm_file(name)
+    empty(memory)
     begin(tmp_path / "one")  # once more: nothing that was set aside is lost
     assert find_damage(tmp_path / "one.aside" / "checkpoints" / "4") == []
     assert find_damage(tmp_path / "one.aside2" / "checkpoints" / "8") == []
@@ -229,11 +238,7 @@ def test_a_lost_record_is_written_again(memory, tmp_path):
 
 
 def test_a_run_whose_directory_was_removed_says_so(memory, tmp_path):
-    mirror, _ = begin(tmp_path / "one")
-    save(mirror, 4)
-    mirror.push(4)
-    for name in list(memory.store):
-        memory.rm_file(name)
+    mirror = begin_and_empty(memory, tmp_path / "one")
     save(mirror, 8)
     with pytest.raises(RunError, match=r"not in the bucket: all of memory://b/runs/x was removed; this run ends"):
         mirror.push(8)

@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from itune.storage.fetch import model_folder
-from itune.storage.hub import INDEX, SINGLE
+from itune.storage.hub import ADAPTER_CONFIG, INDEX, SINGLE
 from itune.types import InputError
 
 DTYPES: dict[str, Any] = {
@@ -65,7 +65,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The folder's config.json."""
     file = folder / "config.json"
     if not file.is_file():
-        if (folder / "adapter_config.json").is_file():
+        if (folder / ADAPTER_CONFIG).is_file():
             raise InputError(f"{folder}: is an adapter of peft, not a model: start from it with lora.init_from and its "
                              "base as model.path, or export the run that made it merged")
         found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
