@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO, cast
 
 from itune import __version__
-from itune.at_hand import at_hand
+from itune.at_hand import at_hand, by_url
 from itune.runtime.libtpu import quiet_without_tpu
 from itune.storage.cache import local_workdir
 from itune.types import InputError, RunError
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     except (InputError, RunError) as error:
         from itune.runtime.secrets import redact
 
-        print(f"itune: {redact(str(error))}", file=sys.stderr)
+        print(f"itune: {redact(by_url(arguments, str(error)))}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt:
         print("itune: interrupted", file=sys.stderr)
@@ -84,7 +84,8 @@ def _finish(arguments: argparse.Namespace, result: Any) -> int:
     if arguments.json and _is_first():
         try:
             Path(arguments.json).parent.mkdir(parents=True, exist_ok=True)
-            Path(arguments.json).write_text(json.dumps(result, indent=2, default=str) + "\n")
+            Path(arguments.json).write_text(
+                by_url(arguments, json.dumps(result, indent=2, default=str)) + "\n")
         except OSError as error:
             raise InputError(f"--json {arguments.json}: cannot be written: {error.strerror}") from error
     return 0

@@ -99,6 +99,11 @@ def test_cut_off_inside_an_upload_a_run_ends_the_same_on_another_machine(inputs,
     assert main(["checkpoints", "memory://b/run"]) == 0 and capsys.readouterr().out.count("verified") == 2
     assert main(["report", "memory://b/run", str(tmp_path / "whole")]) == 0
     assert memory.isfile("/b/run/report-whole.html")
+    # they call what they write by its URL
+    page = "memory://b/pages/one.html"
+    assert main(["report", "memory://b/run", "--out", page, "--json", str(tmp_path / "j")]) == 0
+    assert memory.isfile("/b/pages/one.html")
+    assert capsys.readouterr().out.splitlines()[-2:] == [page, f"uploaded to {page}"]
     memory.store.clear()
     jax.config.update("jax_compilation_cache_dir", before)
 
@@ -119,6 +124,8 @@ def test_the_other_verbs_take_a_url(inputs, tmp_path, monkeypatch, capsys):
     assert json.loads(memory.cat_file("/b/run/eval/6/summary.json"))["heldout_loss"]["loss"] > 0
     assert main(["export", "--workdir", "memory://b/run", "--out", "memory://b/models/x"]) == 0
     names = {name.rsplit("/", 1)[-1] for name in memory.store if name.startswith("/b/models/x/")}
+    said = capsys.readouterr().out
+    assert "exported step 8 to memory://b/models/x" in said and "/views/" not in said and "/uploads/" not in said
     assert {"itune_proof.json", "model.safetensors", "tokenizer.json", "config.json"} <= names
     assert main(["eval", "--config", config, "--model", "memory://b/models/x", "--out", "memory://b/judged"]) == 0
     assert memory.isfile("/b/judged/summary.json")

@@ -16,6 +16,8 @@ from itune.storage.bucket import Bucket, reaching
 from itune.storage.cache import cache_folder, locked, name_of
 from itune.types import InputError, RunError
 
+_TRIAL = ".may-write"  # an object that is written and removed
+
 
 def open_view(url: str, wanted: str | int = "newest") -> Mirror:
     """The Mirror of a run with its copy here up to date: its files and the checkpoints that are wanted.
@@ -55,16 +57,20 @@ def view(url: str, wanted: str | int = "newest") -> Iterator[Path]:
 def uploaded(url: str, proof: str = "") -> Iterator[Path]:
     """A path here for a folder or file that is written in the block; it is uploaded when the block ended well.
 
-    With `proof`, the name of the file that makes a folder one of ours, only such a folder is replaced (InputError for
-    another one), and that file is uploaded last: the folder in the bucket is whole when it has it.
+    A bucket that cannot be written is an InputError before the block. With `proof`, the name of the file that makes a
+    folder one of ours, only such a folder is replaced (InputError for another one), and that file is uploaded last: the
+    folder in the bucket is whole when it has it.
     """
     if announced_processes() > 1:
         raise InputError(f"--out {url}: several processes write one folder; expected a path that all of them share")
     bucket = Bucket(url)
     with reaching(url):
-        before = list(bucket.list())
+        before = [name for name in bucket.list() if name != _TRIAL]
     if proof and before and proof not in before:
         raise InputError(f"{url}: is not empty and no earlier export (it has {', '.join(before[:4])}); choose another")
+    with reaching(url):  # a bucket that is missing, or may only be read, is said before the work
+        bucket.write(_TRIAL, b"")
+        bucket.remove([_TRIAL])
     home = cache_folder() / "uploads"
     home.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=home) as folder:

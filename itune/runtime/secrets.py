@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 _NAMES = re.compile(r"token|secret|password|passwd|api_?key|credential", re.IGNORECASE)
@@ -53,13 +53,13 @@ def _hide_tree(value: Any, key: str, values: list[str]) -> Any:
 
 
 class HidingStream:
-    """A text stream that writes to another one what `redact` leaves; all else is the other one's."""
+    """A text stream that writes to another one what `change` makes of a text; all else is the other one's."""
 
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
+    def __init__(self, stream: Any, change: Callable[[str], str] = redact) -> None:
+        self._stream, self._change = stream, change
 
     def write(self, text: str) -> int:
-        self._stream.write(redact(text))
+        self._stream.write(self._change(text))
         return len(text)
 
     def __getattr__(self, name: str) -> Any:

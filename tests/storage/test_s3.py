@@ -15,6 +15,7 @@ from s3_server import s3_server
 import itune
 from itune.checkpoint.mirror import Mirror
 from itune.checkpoint.store import Store
+from itune.checkpoint.view import uploaded
 from itune.cli import main
 from itune.data.sources import open_sources
 from itune.storage.bucket import Bucket
@@ -85,6 +86,17 @@ def test_missing_objects_buckets_and_credentials_are_one_message(s3, monkeypatch
         s3fs.S3FileSystem.clear_instance_cache()
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("itune: model.path: s3://bucket/model cannot be reached: NoCredentialsError")
+
+
+def test_a_bucket_that_cannot_be_written_is_said_before_the_work(s3):
+    with pytest.raises(InputError, match=r"^s3://nowhere/models/x: no such object or bucket \("), \
+            uploaded("s3://nowhere/models/x", "proof"):
+        pytest.fail("the work began")
+    with uploaded("s3://bucket/page.html") as path:
+        assert Bucket("s3://bucket").list() == {}  # the trial of it left nothing
+        path.write_text("page")
+    assert list(Bucket("s3://bucket").list()) == ["page.html"]
+    Bucket("s3://bucket").remove(["page.html"])
 
 
 _PUSH = """
