@@ -15,6 +15,7 @@ from itune import __version__
 from itune.at_hand import at_hand, by_url
 from itune.runtime.libtpu import quiet_without_tpu
 from itune.storage.cache import local_workdir
+from itune.targets import check_targets
 from itune.types import InputError, RunError
 from itune.usage import build_parser
 
@@ -34,8 +35,8 @@ def main(argv: list[str] | None = None) -> int:
             raise InputError(f"argument {rest[0]!r} is not understood; see itune {arguments.verb} --help")
         arguments.overrides, arguments.words = rest, given
         quiet_without_tpu()
+        check_targets(arguments)
         with _hidden_secrets(arguments.verb), at_hand(arguments):
-            _check_json(getattr(arguments, "json", None))
             return VERBS[arguments.verb](arguments)
     except (InputError, RunError) as error:
         from itune.runtime.secrets import redact
@@ -48,11 +49,16 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output (head, less) has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Exception as error:  # a bug: its traceback helps us, with no secret in it
+    except Exception as error:
         import traceback
 
+        from itune.runtime.crash import explained, of_the_machine
         from itune.runtime.secrets import redact
 
+        if of_the_machine(error):
+            print(f"itune: {redact(by_url(arguments, explained(error)))}", file=sys.stderr)
+            return 1
+        # a bug: its traceback helps us, with no secret in it
         print(redact("".join(traceback.format_exception(error))), file=sys.stderr, end="")
         print(f"itune: {arguments.verb} failed; this is a bug of itune: please report the lines above", file=sys.stderr)
         return 1
@@ -89,17 +95,6 @@ def _finish(arguments: argparse.Namespace, result: Any) -> int:
         except OSError as error:
             raise InputError(f"--json {arguments.json}: cannot be written: {error.strerror}") from error
     return 0
-
-
-def _check_json(path: str | None) -> None:
-    """Raise InputError, before anything is done, where --json cannot be written."""
-    if not path:
-        return
-    if "\0" in path or Path(path).is_dir():
-        raise InputError(f"--json {path!r}: is a folder or no name of a file; expected a file to write")
-    above = next(each for each in Path(path).absolute().parents if each.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise InputError(f"--json {path}: cannot be written in {above}; expected a file in a folder of yours")
 
 
 def _is_first() -> bool:

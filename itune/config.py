@@ -178,7 +178,7 @@ def load_config(path: str | os.PathLike, overrides: Mapping[str, Any] | None = N
     missing file, an unknown key (with the nearest one), a wrong type or a value out of range (with the key's unit).
     """
     found = find_recipe(path)
-    tree = json.loads(found.read_text()) if found.suffix == ".json" else _run_recipe(found).to_dict()
+    tree = json.loads(found.read_text(encoding="utf-8")) if found.suffix == ".json" else _run_recipe(found).to_dict()
     for key, value in (overrides or {}).items():
         _set(tree, key, value)
     return from_dict(tree)

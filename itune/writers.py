@@ -31,17 +31,18 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file in one step: a reader sees the old or the new one."""
+def write_atomically(path: Path, text: str | Iterable[str]) -> None:
+    """Write a text file, or its lines, in one step: a reader sees the old or the new one. An OSError names the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.write_text(text)
+        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
+            file.writelines([text] if isinstance(text, str) else text)
         os.replace(temporary, path)
-    except OSError:  # a full disk: leave no half of it
+    except OSError as error:  # a full disk: leave no half of it
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 class Writers:
@@ -61,7 +62,7 @@ class Writers:
     ) -> None:
         self.path = workdir / "metrics.jsonl"
         cut_back(workdir, resumed_step)
-        self._lines = self.path.open("a")
+        self._lines = self.path.open("a", encoding="utf-8")
         self._events = EventFile(workdir / "tensorboard", resumed_step) if tensorboard else None
         self._wandb = _start_wandb(wandb, workdir, config) if wandb else None
 
@@ -96,7 +97,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     records = []
-    for line in path.read_text().splitlines(keepends=True):
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         if line.endswith("\n") and line.strip():
             records.append(json.loads(line))
     return records

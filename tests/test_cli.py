@@ -140,6 +140,29 @@ def test_workdir_of_another_config_shows_the_difference(model, tmp_path, capsys)
     refused(capsys, code, 2, "seed")
 
 
+@pytest.mark.parametrize(("verb", "kind"), [
+    (["eval", "--config", "sft", "--workdir", "x"], "folder"), (["export", "--workdir", "x"], "folder"),
+    (["data", "report", "--config", "sft"], "folder"), (["data", "split", "--config", "sft"], "folder"),
+    (["data", "score", "--config", "sft", "--model", "x"], "folder"), (["report", "x"], "file"),
+    (["generate", "--model", "x", "--prompts", "FILE"], "file"),
+], ids=lambda words: words if isinstance(words, str) else "-".join(words[:2]).replace("---config", ""))
+def test_a_place_that_cannot_be_written_is_said_before_the_work(verb, kind, tmp_path, capsys):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    verb = [str(file) if word == "FILE" else word for word in verb]
+    other = {"folder": file, "file": tmp_path}[kind]
+    refused(capsys, main([*verb, "--out", str(other)]), 2, f"--out .*: is a .*; expected a {kind} to write")
+    for out in (file / "x", file / "x" / "y"):
+        refused(capsys, main([*verb, "--out", str(out)]), 2, f"--out {out}: cannot be written in {file}; expected a pl")
+    code = main([*verb, "--out", str(tmp_path / "new"), "--json", str(tmp_path)])
+    refused(capsys, code, 2, "--json .*: is a folder; expected a file to write")
+    if "--prompts" in verb:
+        refused(capsys, main([*verb, "--out", str(file)]), 2, f"--out {file}: is the file of the prompts")
+    for words in (["demo"], ["verify", "--config", "demo"]):
+        refused(capsys, main([*words, "--workdir", str(file)]), 2, "--workdir .*: is a file; expected a folder")
+    assert file.read_text() == "mine" and [*tmp_path.iterdir()] == [file]
+
+
 def test_data_verbs_from_files_to_a_ranked_list(model, tmp_path, capsys):
     """report, split, score and show on one file; a model that was never tuned is named as such."""
     path = rows(tmp_path / "d.jsonl", *({"prompt": f"Say {word} {i}", "completion": f"{word} {i}", "task": word}

@@ -57,16 +57,27 @@ def outcome(tmp_path_factory):
         run = f"{folder}/{'whole' if name == 'more' else name}"
         plans[f"list {name}"] = {"arguments": ["checkpoints", run, "--json", f"{folder}/{name}.list"],
                                  "environment": {}, "log": f"{folder}/list.log"}
+    config = ["--config", f"{whole}/config.json"]
+    for name, words in {
+        "eval": ["eval", *config, "--workdir", whole, "--config.evaluators=('heldout_loss',)",
+                 "--config.data.held_out_share=0.1"],
+        "data-report": ["data", "report", *config], "report": ["report", whole],
+    }.items():
+        plans[name] = {"arguments": [*words, "--out", f"{folder}/none/{name}"], "environment": devices(1),
+                       "log": f"{folder}/{name}.log"}
     (folder / "plans.json").write_text(json.dumps(list(plans.values())))
     script = " && ".join([
         disk("full"), disk("readonly"), disk("small", "1m"), disk("whole", inside=""),
+        disk("none", "4k", inside=""),
         f"{sys.executable} {HERE / 'killed_runs.py'} {folder}/plans.json",
-        *(f"echo $(ls -A {folder}/{name}/checkpoints)" for name in ("full", "readonly", "quota", "small", "whole"))])
+        *(f"echo $(ls -A {folder}/{name}/checkpoints)" for name in ("full", "readonly", "quota", "small", "whole")),
+        f"echo $(find {folder}/none -type f)"])
     done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, check=False,
                           env={**environment(folder), "TMPDIR": str(folder)})
     assert done.returncode == 0, done.stderr[-3000:]
     codes, *listed = done.stdout.splitlines()
     names = dict(zip(("full", "readonly", "quota", "small", "whole"), (line.split() for line in listed)))
+    assert listed[-1] == ""
     return folder, dict(zip(plans, json.loads(codes))), names
 
 
@@ -101,6 +112,14 @@ def test_whole_run_directory_full_and_then_room_again(outcome):
     assert (folder / "whole.kept").read_text().split() == ["4"]
     assert codes["more"] == 0 and "resumed from the checkpoint of step 4 of 16" in (folder / "more.log").read_text()
     assert sorted(names["whole"]) == ["12", "16"] and codes["list more"] == 0
+
+
+@pytest.mark.parametrize("verb", ["eval", "data-report", "report"])
+def test_the_other_verbs_on_a_full_disk(outcome, verb):
+    folder, codes, _ = outcome
+    assert codes[verb] == 1
+    assert re.fullmatch(rf"itune: cannot write {folder}/none/{verb}\S*: No space left on device; free .*",
+                        told(folder, verb))
 
 
 def test_disk_too_small_is_said_before_the_first_step(outcome):

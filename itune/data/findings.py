@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from itune.types import Conversation
+from itune.writers import write_atomically
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +65,7 @@ def write_findings(path: str | os.PathLike, findings: Iterable[Finding], dropped
     """Write every finding as a JSON line, with what became of its row."""
     lines = (json.dumps(found.to_dict() | {"row": "dropped" if found.index in dropped else "kept"}) + "\n"
              for found in findings)  # fmt: skip
-    with Path(path).open("w", encoding="utf-8") as file:
-        file.writelines(lines)
+    write_atomically(Path(path), lines)
 
 
 def write_rejects(

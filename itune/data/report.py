@@ -16,7 +16,7 @@ from itune.data.limits import judge
 from itune.data.loader import Loader
 from itune.data.mixture import Mixture
 from itune.data.selection import clear, select
-from itune.data.sources import open_sources
+from itune.data.sources import Source, open_sources
 from itune.data.templates import load_tokenizer
 from itune.types import Conversation, InputError, RunError
 from itune.writers import write_atomically
@@ -70,7 +70,8 @@ def split(config: Config, out: str = "data-split", log: Log = print) -> dict[str
 
     The split, the filters and the removal of matches are those of training; no tokenizer is needed. Each row keeps its
     fields, and where it came from as `source` and `address`. Raises InputError when fewer than data.novel_min different
-    held-out prompts remain, and writes nothing.
+    held-out prompts remain, or where a train.jsonl or eval.jsonl of `out` is data or somebody else's; writes nothing
+    then.
     """
     section = config.data
     if not section.train:
@@ -80,6 +81,7 @@ def split(config: Config, out: str = "data-split", log: Log = print) -> dict[str
                          "to a field such as task), or data.eval to files of held-out items")
     sources = open_sources(section.train, "data.train")
     eval_sources = open_sources(section.eval, "data.eval") if section.eval else []
+    _check_parts(Path(out), [*sources, *eval_sources])
     chosen = select(section, sources, eval_sources, config.seed)
     rows = [chosen.rows[index] for index in chosen.quality.kept]
     cleared = clear(section, rows, chosen.held)
@@ -96,8 +98,8 @@ def split(config: Config, out: str = "data-split", log: Log = print) -> dict[str
     census.add_drops(chosen.rows, gone, chosen.quality.deciding)
     census.add_drops(rows, {found.index for found in matched}, matched)
     folder = Path(out)
-    _write_rows(folder / "train.jsonl", train)
-    _write_rows(folder / "eval.jsonl", held)
+    for path, part in zip(_parts(folder), (train, held), strict=True):
+        _write_rows(path, part)
     write_atomically(folder / "heldout_proof.json", json.dumps(proof, indent=1) + "\n")
     write_findings(folder / "findings.jsonl", chosen.quality.findings, gone)
     write_rejects(folder / "rejects.jsonl", chosen.rows, gone, chosen.quality.deciding)
@@ -110,6 +112,19 @@ def split(config: Config, out: str = "data-split", log: Log = print) -> dict[str
     return {"folder": str(folder), "train": len(train), "eval": len(held), "dropped": dict(census.dropped),
             "sources": {name: dict(counts) for name, counts in census.sources.items()},
             "proof": {name: value for name, value in proof.items() if name != "items"}}  # fmt: skip
+
+
+def _parts(folder: Path) -> tuple[Path, Path]:
+    return folder / "train.jsonl", folder / "eval.jsonl"
+
+
+def _check_parts(folder: Path, sources: Sequence[Source]) -> None:
+    """Raise InputError where a file that the split would replace is one of the sources, or none of an earlier split."""
+    for path in _parts(folder):
+        if path.exists() and any(path.samefile(file) for source in sources for file in source.files):
+            raise InputError(f"{path}: is read as data; choose another folder for --out")
+        if path.exists() and not (folder / "heldout_proof.json").is_file():
+            raise InputError(f"{path}: is there, and no part of an earlier split; choose another folder for --out")
 
 
 def _write_rows(path: Path, rows: Sequence[Conversation]) -> None:

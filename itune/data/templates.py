@@ -119,8 +119,8 @@ def _tokenizer_class(path: str) -> Any:
     import transformers
 
     try:
-        declared = json.loads((Path(path) / "tokenizer_config.json").read_text())
-        model_type = json.loads((Path(path) / "config.json").read_text())["model_type"]
+        declared = json.loads((Path(path) / "tokenizer_config.json").read_text(encoding="utf-8"))
+        model_type = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))["model_type"]
         plain = declared["tokenizer_class"] in ("PreTrainedTokenizerFast", "TokenizersBackend")
     except (OSError, ValueError, KeyError, TypeError):
         return transformers.AutoTokenizer

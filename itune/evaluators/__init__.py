@@ -26,6 +26,7 @@ import jax
 from itune.config import Config
 from itune.evaluators.paired import comparable, compare
 from itune.types import InputError
+from itune.writers import write_atomically
 
 
 def evaluate(
@@ -111,7 +112,7 @@ def write_results(
     folder.mkdir(parents=True, exist_ok=True)
     short = short_name(name)
     lines = (json.dumps(item, ensure_ascii=False, default=str) + "\n" for item in items)
-    _replace(folder / f"{short}.jsonl", lines)
+    write_atomically(folder / f"{short}.jsonl", lines)
     _enter(folder / "summary.json", short, summary)
 
 
@@ -140,11 +141,4 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _enter(path: Path, key: str, value: Any) -> None:
-    _replace(path, [json.dumps({**read_json(path), key: value}, indent=2, default=str) + "\n"])
-
-
-def _replace(path: Path, lines: Iterable[str]) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(part, "w", encoding="utf-8") as file:
-        file.writelines(lines)
-    os.replace(part, path)
+    write_atomically(path, json.dumps({**read_json(path), key: value}, indent=2, default=str) + "\n")

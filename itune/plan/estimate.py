@@ -108,7 +108,7 @@ def prices(path: str | Path | None = None) -> dict[str, Any]:
 
     file = Path(path) if path else configs_dir() / "prices.toml"
     try:
-        table = tomllib.loads(file.read_text())
+        table = tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:  # also what is no TOML, or not UTF-8
         raise InputError(f"--prices {file}: cannot be read: {error}") from error
     for chip, row in table.items():

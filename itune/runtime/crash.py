@@ -17,6 +17,7 @@ from itune.runtime.secrets import redact_tree
 from itune.writers import write_atomically
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, errno.ENAMETOOLONG)
 
 
 @contextlib.contextmanager
@@ -70,12 +71,19 @@ def write_crash(workdir: Path, error: BaseException | str, facts: Mapping[str, A
     return f"details: {path}"
 
 
+def of_the_machine(error: BaseException) -> bool:
+    """Whether the disk, the rights or the limits of the machine failed, and no program."""
+    return isinstance(error, OSError) and error.errno in (*_NO_ROOM, *_REFUSED)
+
+
 def explained(error: BaseException) -> str:
     """The first line of an error of some library; for a full disk or a device out of memory, what helps."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     if isinstance(error, OSError) and error.errno in _NO_ROOM:
         where = f" {error.filename}" if error.filename else ""
-        return f"cannot write{where}: {error.strerror}; free some space or choose another --workdir"
+        return f"cannot write{where}: {error.strerror}; free some space or choose another place"
+    if isinstance(error, OSError) and error.errno in _REFUSED:
+        return f"{error.filename or 'the system'}: {error.strerror}"
     if "RESOURCE_EXHAUSTED" in text:
         return ("out of device memory: raise train.accumulation or lower train.batch_size, set train.remat=full, or "
                 f"give mesh.fsdp more devices ({text[:300]})")

@@ -142,6 +142,23 @@ def test_split_fails_closed_and_says_what_is_missing(config, tmp_path):
         verbs.split(config(held_out_share=0.0), str(tmp_path / "parts"))
 
 
+def test_split_never_replaces_what_is_not_its_own(config, tmp_path):
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    for name in ("train", "eval"):  # written by somebody else
+        (parts / f"{name}.jsonl").write_text("mine\n")
+        with pytest.raises(InputError, match=rf"parts/{name}\.jsonl: is there, and no part of an earlier split"):
+            verbs.split(config(), str(parts))
+        assert (parts / f"{name}.jsonl").read_text() == "mine\n" and [*parts.iterdir()] == [parts / f"{name}.jsonl"]
+        (parts / f"{name}.jsonl").unlink()
+    for _ in range(2):  # its own are replaced
+        verbs.split(config(), str(parts), log=lambda _: None)
+    before = (parts / "train.jsonl").read_bytes()
+    with pytest.raises(InputError, match=r"parts/train\.jsonl: is read as data; choose another folder for --out"):
+        verbs.split(config(train=str(parts / "*.jsonl"), eval=str(parts / "eval.jsonl")), str(parts))
+    assert (parts / "train.jsonl").read_bytes() == before
+
+
 def test_tables_and_bars_hold_any_text():
     assert "&lt;b&gt;" in table(["<b>"], [["<i>", 3, 0.25, None]]) and table(["a"], []) == ""
     tags = Tags()

@@ -1,0 +1,33 @@
+"""Where a verb writes (`--out`, `--json`), checked before it works: hours of it are not lost to a wrong path."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from itune.storage.bucket import is_url
+from itune.types import InputError
+
+_FILES = ("report", "generate")  # whose --out is a file; the other verbs write a folder
+
+
+def check_targets(arguments: argparse.Namespace) -> None:
+    """Raise InputError where `--out` or `--json` cannot be written, or would replace what the verb reads.
+
+    A URL is tried by what uploads there.
+    """
+    names = ("json", "out", "workdir") if arguments.verb in ("demo", "verify") else ("json", "out")
+    given = {name: value for name in names if (value := getattr(arguments, name, None)) and not is_url(value)}
+    for name, path in given.items():
+        folder = name == "workdir" or (name == "out" and arguments.verb not in _FILES)
+        if "\0" in path or (os.path.exists(path) and os.path.isdir(path) != folder):
+            found = "is no path" if "\0" in path else "is a file" if folder else "is a folder"
+            raise InputError(f"--{name} {path!r}: {found}; expected a {'folder' if folder else 'file'} to write")
+        inside = Path(path, "file") if folder else Path(path)
+        above = next(each for each in inside.absolute().parents if os.path.lexists(each))
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            raise InputError(f"--{name} {path}: cannot be written in {above}; expected a place in a folder of yours")
+    out, prompts = given.get("out"), getattr(arguments, "prompts", None)
+    if out and prompts and os.path.exists(out) and os.path.exists(prompts) and os.path.samefile(out, prompts):
+        raise InputError(f"--out {out}: is the file of the prompts; expected another one")
