@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import importlib.util
 import json
+import math
 import os
 import types
 import typing
@@ -178,7 +179,9 @@ def load_config(path: str | os.PathLike, overrides: Mapping[str, Any] | None = N
     missing file, an unknown key (with the nearest one), a wrong type or a value out of range (with the key's unit).
     """
     found = find_recipe(path)
-    tree = json.loads(found.read_text(encoding="utf-8")) if found.suffix == ".json" else _run_recipe(found).to_dict()
+    if found.suffix not in (".json", ".py"):
+        raise InputError(f"{found}: expected a recipe (.py) or a saved config (.json)")
+    tree: dict[str, Any] = _read_json(found) if found.suffix == ".json" else _run_recipe(found).to_dict()
     for key, value in (overrides or {}).items():
         _set(tree, key, value)
     return from_dict(tree)
@@ -214,19 +217,40 @@ def parse_overrides(arguments: list[str]) -> dict[str, str]:
     return overrides
 
 
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: is not UTF-8 at byte {error.start}; expected the config.json of a run") from error
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}:{error.lineno}: no JSON: {error.msg}; expected the config.json of a run") from error
+    if not isinstance(tree, dict):
+        raise InputError(f"{path}: expected an object with the sections of a config, found {type(tree).__name__}")
+    return tree
+
+
 def _run_recipe(path: Path) -> Any:
+    """The ConfigDict of a recipe's get_config(). Whatever the file raises is an answer about that file."""
     module_spec = importlib.util.spec_from_file_location(f"itune_recipe_{path.stem}", path)
     assert module_spec and module_spec.loader
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
-        return module.get_config()
+        if not callable(getattr(module, "get_config", None)):
+            raise InputError(f"{path}: has no get_config(); see configs/default.py")
+        made = module.get_config()
     except InputError:
         raise
-    except Exception as error:  # a recipe is the user's code: whatever it raises is an answer about that file
-        line = next((frame.lineno for frame in reversed(list(_frames(error))) if frame.filename == str(path)), 0)
+    except (Exception, SystemExit) as error:
+        lines = [frame.lineno for frame in _frames(error) if frame.filename == str(path)]
+        if isinstance(error, SyntaxError) and error.filename == str(path):
+            lines.append(error.lineno)
+        line = lines[-1] if lines else 1
         text = str(error).strip('"').replace("\\n", " ").splitlines()[0] if str(error) else ""
         raise InputError(f"{path}:{line}: {type(error).__name__}: {text}") from error
+    if not hasattr(made, "to_dict"):
+        raise InputError(f"{path}: get_config() returned {type(made).__name__}; expected a ConfigDict")
+    return made
 
 
 def _frames(error: BaseException) -> Any:
@@ -344,8 +368,9 @@ def _checked(key: str, value: Any, annotation: Any, meta: Mapping[str, Any]) -> 
     low, high = meta.get("low"), meta.get("high")
     if isinstance(value, int | float) and not isinstance(value, bool):
         too_low = low is not None and (value < low or (meta["low_open"] and value == low))
-        if too_low or (high is not None and value > high) or value != value:
+        if too_low or (high is not None and value > high) or not math.isfinite(value):
             bound = f"{'above' if meta['low_open'] else 'at least'} {low}" if low is not None else ""
             bound += f"{' and ' if bound else ''}at most {high}" if high is not None else ""
+            bound = bound or "a finite number"
             raise InputError(f"config: {key}{unit} must be {bound}, found {value}")
     return value

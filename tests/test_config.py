@@ -75,6 +75,21 @@ def test_missing_recipe_names_the_nearest():
         cfg.load_config("sftt")
 
 
+@pytest.mark.parametrize(("name", "content", "said"), [
+    ("a.json", b'{"model":', r"a\.json:1: no JSON: "), ("b.json", b"[1]", r"b\.json: expected an object .*, found li"),
+    ("c.json", b"\xff{}", r"c\.json: is not UTF-8"), ("d.py", b"x = 1\ndef y(:\n", r"d\.py:2: SyntaxError: invalid"),
+    ("e.py", b"\xff", r"e\.py:\d: SyntaxError: "), ("f.py", b"x = 1\n", r"f\.py: has no get_config\(\)"),
+    ("g.py", b"def get_config():\n    pass\n", r"g\.py: get_config\(\) returned NoneType; expected a ConfigDict"),
+    ("h.txt", b"x", r"h\.txt: expected a recipe \(\.py\) or a saved config \(\.json\)"),
+    ("i.json", b'{"train": {"epochs": Infinity}}', r"train\.epochs .* must be .*, found inf"),
+    ("j.py", b"import sys\nsys.exit(3)\n", r"j\.py:2: SystemExit: 3"),
+])
+def test_what_is_no_config_is_said(name, content, said, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=said):
+        cfg.load_config(tmp_path / name)
+
+
 def test_recipe_that_raises_is_named_with_its_line(tmp_path):
     recipe = tmp_path / "mine.py"
     recipe.write_text(
