@@ -129,7 +129,7 @@ def _sizes(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
     sizes = tokenizer.sizes_V[ids]
     if not sizes.all():
         for new in np.unique(ids[sizes == 0]).tolist():
-            added = tokenizer.added.get(new)
+            added = tokenizer.all_added.get(new)
             # one character of a byte-level vocabulary stands for one byte
             size = len(added.content.encode()) if added else len(tokenizer.backend.id_to_token(new))
             tokenizer.sizes_V[new] = size

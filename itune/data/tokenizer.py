@@ -1,4 +1,8 @@
-"""The tokenizer as rendering needs it: transformers' own, its core, and a twin that knows no added token."""
+"""The tokenizer as rendering needs it: transformers' own, its core, and a twin that knows no control token.
+
+A control token is an added token, special or not, that is no piece of ordinary text: a text of a message must never
+become one. Gemma's runs of newlines and its `<table>` are added tokens too, but pieces like any other (see `ordinary`).
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import functools
 import hashlib
 import json
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,9 +28,9 @@ class Tokenizer:
     hf: the transformers tokenizer; its chat template and eos are those in use, so `hf.save_pretrained` exports them.
     vocab_size: ids it may give, added ones included; this may exceed the model's embedding. added_tokens: what the chat
     template needed and the tokenizer lacked. end_of_turn_id: the added token that the template writes after an
-    assistant's content, None where it writes none. added: id -> added token. backend: its `tokenizers` core, whose
-    offsets are not trimmed and which adds nothing: the template writes all special tokens. `stops`: ids that the
-    model's folder names as the end of an answer.
+    assistant's content, None where it writes none. all_added: id -> added token. added: those that are control tokens.
+    backend: its `tokenizers` core, whose offsets are not trimmed and which adds nothing: the template writes all
+    special tokens. `stops`: ids that the model's folder names as the end of an answer.
     """
 
     def __init__(
@@ -44,8 +48,10 @@ class Tokenizer:
         self.backend.no_truncation()
         self.backend.no_padding()
         self.backend.post_processor = None
-        self.added: dict[int, Any] = dict(hf.added_tokens_decoder)
-        self.is_added_V = np.zeros(max([self.vocab_size, *(index + 1 for index in self.added)]), bool)
+        self.all_added: dict[int, Any] = dict(hf.added_tokens_decoder)
+        pieces = ordinary(self.backend, self.all_added, template.source if template else "")
+        self.added = {index: token for index, token in self.all_added.items() if index not in pieces}
+        self.is_added_V = np.zeros(max([self.vocab_size, *(index + 1 for index in self.all_added)]), bool)
         self.is_added_V[list(self.added)] = True
         self.sizes_V = np.zeros(len(self.is_added_V), np.int32)  # bytes of each token, 0 until offsets.py asks
         self.structures: dict[str, Any] = {}  # what encode.py found out about the template
@@ -71,7 +77,7 @@ class Tokenizer:
     def _keeps(self) -> str:
         from itune.data.offsets import kept_by
 
-        return kept_by(self.backend, self.added)
+        return kept_by(self.backend, self.all_added)
 
     def keeps_bytes(self, text: str) -> bool:
         """Whether the tokens of a text are its UTF-8 bytes, cut in pieces (some may be missing), and nothing else."""
@@ -79,11 +85,11 @@ class Tokenizer:
 
     @functools.cached_property
     def plain_backend(self) -> Any:
-        """The same tokenizer without any added token: for text that must stay text."""
-        return _plain_backend(self.backend)
+        """The same tokenizer without any control token: for text that must stay text."""
+        return _plain_backend(self.backend, {token.content for token in self.added.values()})
 
     def encode_plain(self, text: str) -> list[int]:
-        """Ids of text in which no added token is recognised."""
+        """Ids of text in which no control token is recognised."""
         return self.plain_backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int] | np.ndarray, skip_special_tokens: bool = False) -> str:
@@ -98,17 +104,28 @@ class Tokenizer:
         return hasher.hexdigest()
 
 
-def _plain_backend(backend: Any) -> Any:
-    """A copy without added tokens; those that the model's vocabulary holds too get a name that no text contains."""
+def ordinary(backend: Any, added: Mapping[int, Any], template: str) -> set[int]:
+    """Ids of added tokens that are pieces of ordinary text: not special, and white space or a piece of the model's own.
+
+    sentencepiece calls the latter user-defined; of them one that the template writes is a control token all the same.
+    """
+    model = json.loads(backend.to_str())["model"]["vocab"] if any(not each.special for each in added.values()) else {}
+    own = set(model) if isinstance(model, dict) else {piece for piece, _ in model}
+    return {index for index, token in added.items() if not token.special and (
+        not token.content.replace("\u2581", " ").strip() or (token.content in own and token.content not in template))}
+
+
+def _plain_backend(backend: Any, names: set[str]) -> Any:
+    """A copy in which the added tokens `names` have contents that no text has, as tokens and as pieces of the model."""
     from tokenizers import Tokenizer as Backend
 
     state = json.loads(backend.to_str())
-    names = {token["content"] for token in state["added_tokens"]}
-    state["added_tokens"], state["post_processor"] = [], None
     model = state["model"]
-    unknown = model.get("unk_token")
+    unknown, vocab = model.get("unk_token"), model["vocab"]
     hidden = {name: f"\ufdef{index}\ufdef" for index, name in enumerate(sorted(names)) if name != unknown}
-    vocab = model["vocab"]
+    state["added_tokens"] = [{**token, "content": hidden.get(token["content"], token["content"])}
+                             for token in state["added_tokens"] if token["content"] != unknown]
+    state["post_processor"] = None
     if isinstance(vocab, dict):
         model["vocab"] = {hidden.get(piece, piece): index for piece, index in vocab.items()}
     else:
