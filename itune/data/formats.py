@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import json
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant",
                   "observation": "tool", "function": "tool"} | {role: role for role in ROLES}  # fmt: skip
 _SCALARS = (str, int, float, bool)
+_MOST_WEIGHT = 1e9  # sums of them stay finite in float32
 
 
 def detect_format(rows: list[Row], fields: Mapping[str, str] | None = None) -> str:
@@ -55,13 +57,17 @@ def convert(row: Row, name: str, fields: Mapping[str, str] | None = None) -> Con
         roles = ", ".join(message.role for message in messages)
         raise InputError(f"{where}: no assistant turn (roles found: {roles}); expected at least one")
     used = {fields.get(sign, sign) for sign in (*SIGNS[name], *OPTIONAL[name])}
-    metadata: dict[str, Any] = {k: v for k, v in row.fields.items() if k not in used and isinstance(v, _SCALARS)}
+    metadata: dict[str, Any] = {
+        _writable(k): _writable(v) if isinstance(v, str) else v
+        for k, v in row.fields.items() if k not in used and isinstance(v, _SCALARS)
+    }  # fmt: skip
     tools = row.fields.get(fields.get("tools", "tools"))
     if isinstance(tools, str) and tools.strip().startswith("["):
         tools = _json_or(tools, tools)
     if tools:
         if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
             raise InputError(f"{row.address}: tools: found {_kind(tools)}; expected a list of JSON schemas")
+        _check_texts(tools, f"{row.address}: tools")
         metadata["tools"] = tools
     return Conversation(tuple(messages), row.address, metadata)
 
@@ -85,11 +91,14 @@ def messages_of(value: Any, where: str, role_key: str = "role", content_key: str
             near = difflib.get_close_matches(str(role).lower(), list(known), n=1, cutoff=0.4)
             hint = f" (nearest: {near[0]})" if near else ""
             raise InputError(f"{at}.{role_key}: unknown role {role!r}{hint}; expected one of {', '.join(known)}")
-        extra = {k: v for k, v in item.items() if k not in (role_key, content_key, "weight") and v is not None}
+        taken = (role_key, content_key, "role", "content", "weight")  # a template reads what stands under these names
+        extra = {k: v for k, v in item.items() if k not in taken and v is not None}
         if calls := extra.get("tool_calls"):
             if not isinstance(calls, list):
                 raise InputError(f"{at}.tool_calls: found {_kind(calls)}; expected a list of calls")
             extra["tool_calls"] = [_parsed_call(call, f"{at}.tool_calls") for call in calls]
+        for name, value in extra.items():
+            _check_texts(value, f"{at}.{name}")
         content = _content(item.get(content_key), f"{at}.{content_key}", optional=bool(extra.get("tool_calls")))
         messages.append(Message(known[role], content, _weight(item.get("weight"), f"{at}.weight"), extra))
     return messages
@@ -123,7 +132,9 @@ def _prompt_completion(row: Row, fields: Mapping[str, str]) -> list[Message]:
         key = fields.get(ours, ours)
         value = _field(row, key)
         if isinstance(value, list):
-            messages += messages_of(value, f"{row.address}: {key}")
+            for message in messages_of(value, f"{row.address}: {key}"):
+                given = ours == "prompt" and message.role == "assistant" and message.weight is None
+                messages.append(dataclasses.replace(message, weight=0.0) if given else message)  # given, so no target
         else:
             messages.append(Message(role, _content(value, f"{row.address}: {key}")))
     return _with_system(row, row.fields.get(fields.get("system", "system")), messages)
@@ -169,22 +180,40 @@ def _content(value: Any, where: str, optional: bool = False) -> str:
         return ""
     if not isinstance(value, str):
         raise InputError(f"{where}: found {_kind(value)}; expected text")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        code = ord(value[error.start])
-        raise InputError(f"{where}: found the lone surrogate U+{code:04X} at character {error.start}; "
-                         "expected text") from error
-    if "\0" in value:
-        raise InputError(f"{where}: found a NUL character at character {value.index(chr(0))}; expected text")
+    _check_texts(value, where)
     return value
+
+
+def _check_texts(value: Any, where: str) -> None:
+    """Raise InputError for a text, at any depth of a value, that no tokenizer can take."""
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            _check_texts(name, f"{where} (a key)")
+            _check_texts(item, f"{where}.{name}")
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            _check_texts(item, f"{where}[{index}]")
+    elif isinstance(value, str):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            code = ord(value[error.start])
+            raise InputError(f"{where}: found the lone surrogate U+{code:04X} at character {error.start}; "
+                             "expected text") from error
+        if "\0" in value:
+            raise InputError(f"{where}: found a NUL character at character {value.index(chr(0))}; expected text")
+
+
+def _writable(text: str) -> str:
+    """A text as UTF-8 can hold it: a lone surrogate becomes its escape."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _weight(value: Any, where: str) -> float | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
-        raise InputError(f"{where}: found {value!r}; expected a number of at least 0")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= _MOST_WEIGHT:
+        raise InputError(f"{where}: found {value!r}; expected a number from 0 to {_MOST_WEIGHT:g}")
     return float(value)
 
 

@@ -44,6 +44,33 @@ def test_variants():
     assert parts.messages[0].content == "ab" and parts.messages[1].weight == 0.5
 
 
+def test_an_answer_in_the_prompt_is_no_target():
+    """As with TRL's completion_only_loss, unless the row gives it a weight."""
+    turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "bad"},
+             {"role": "assistant", "content": "good", "weight": 2}, {"role": "user", "content": "Again?"}]
+    found = read({"prompt": turns, "completion": [{"role": "assistant", "content": "A"}]})
+    assert [m.weight for m in found.messages] == [None, 0.0, 2.0, None, None]
+
+
+@pytest.mark.parametrize("row", [
+    {"messages": [{"role": "user", "content": "raw", "clean": "Q"}, {"role": "assistant", "content": "raw",
+                                                                    "clean": "A"}]},
+    {"conversations": [{"from": "human", "value": "Q", "role": "bot", "content": "raw"},
+                       {"from": "gpt", "value": "A", "role": "bot", "content": "raw"}]},
+])
+def test_what_another_field_stands_for_is_not_rendered(row):
+    """Templates read role and content: no field of the row's may take their place."""
+    fields = {"content": "clean"} if "messages" in row else {}
+    found = read(row, **fields)
+    assert [m.content for m in found.messages] == ["Q", "A"]
+    assert not any({"role", "content"} & set(m.extra) for m in found.messages)
+
+
+def test_metadata_can_be_written():
+    found = read({**SHAPES["messages"], "task": "a\ud800", "b\udfff": 1})
+    assert found.metadata == {"task": "a\\ud800", "b\\udfff": 1}
+
+
 def test_tool_calls_stay_with_their_message():
     call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
     found = read({"messages": [
@@ -68,6 +95,11 @@ FAULTS = {
     "image part": (user(content=[{"type": "image_url"}]), r"messages\[0\]\.content: found parts of type image_url"),
     "negative weight": (user(weight=-1), r"messages\[0\]\.weight: found -1"),
     "lone surrogate": (user(content="a\ud800"), r"messages\[0\]\.content: found the lone surrogate U\+D800"),
+    "huge weight": (user(weight=1e39), r"messages\[0\]\.weight: found 1e\+39; expected a number from 0 to 1e\+09"),
+    "surrogate in reasoning": (user(reasoning_content="\udfff"), r"messages\[0\]\.reasoning_content: found the lone "),
+    "surrogate in a call": (user(tool_calls=[{"function": {"name": "f", "arguments": {"a": ["\ud800"]}}}]),
+                            r"messages\[0\]\.tool_calls\[0\]\.function\.arguments\.a\[0\]: found the lone surrogate"),
+    "NUL in tools": ({**SHAPES["messages"], "tools": [{"name": "f\0"}]}, r"tools\[0\]\.name: found a NUL"),
     "NUL": (user(content="a\0"), r"messages\[0\]\.content: found a NUL character at character 1"),
     "no role": ({"messages": [{"content": "x"}]}, r"messages\[0\]\.role: missing"),
     "message is text": ({"messages": ["x"]}, r"messages\[0\]: found a string"),
