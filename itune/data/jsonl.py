@@ -85,7 +85,7 @@ def _unzstd(packed: Iterator[bytes]) -> Iterator[bytes]:
     frame = None
     for chunk in packed:
         while chunk:
-            frame = frame or zstandard.ZstdDecompressor().decompressobj()
+            frame = frame or zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
             try:
                 yield frame.decompress(chunk)
             except zstandard.ZstdError as error:

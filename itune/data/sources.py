@@ -12,12 +12,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from itune.data.arrow import plain_row, read_parquet
 from itune.data.jsonl import read_json_array, read_jsonl
 from itune.storage.bucket import is_url
 from itune.storage.fetch import local_files
 from itune.types import Address, InputError
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst", ".parquet")
+
+_SPLITS = {"train": {"train", "training"}, "validation": {"validation", "valid", "val", "dev"},
+           "test": {"test", "testing", "eval", "evaluation"}}  # as the hub names files; folders of them too
 
 
 class Row(NamedTuple):
@@ -45,8 +49,10 @@ class Source:
             for file in self.files:
                 yield from _read_file(self.name, file)
         else:
-            for index, fields in enumerate(_open_dataset(self)):
-                yield Row(Address(self.name, self.spec, index + 1), _plain(fields))
+            opened = _open_dataset(self)
+            features = opened.features.to_dict() if getattr(opened, "features", None) else None
+            for index, fields in enumerate(opened):
+                yield Row(Address(self.name, self.spec, index + 1), plain_row(fields, features))
 
     def digest(self) -> str:
         """Hash of the content: of every file's bytes, or what the dataset library calls its fingerprint."""
@@ -102,9 +108,11 @@ def _open(name: str, text: Any, key: str) -> Source:
     if path.is_dir():
         if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
             return Source(name, text, kind="saved")
-        files = sorted(str(p) for p in path.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES))
+        found = [p.relative_to(path) for p in path.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES)]
+        files = sorted(str(path / p) for p in found if not any(part.startswith(".") for part in p.parts))
         if not files:
             raise InputError(f"{key}: folder {text} has no file that ends in {', '.join(SUFFIXES)}")
+        _check_splits(path, files, key)
         return Source(name, text, tuple(files))
     if any(sign in text for sign in "*?["):
         files = sorted(glob.glob(str(path), recursive=True))
@@ -114,6 +122,18 @@ def _open(name: str, text: Any, key: str) -> Source:
     if _looks_like_path(text):
         raise InputError(f"{key}: no such file {text}{_nearest_file(path)}")
     return Source(name, text, kind="hub")
+
+
+def _check_splits(folder: Path, files: list[str], key: str) -> None:
+    """Raise InputError where a folder's names say that some of its files are to train on and others to judge by."""
+    splits: dict[str, str] = {}
+    for file in files:
+        words = re.findall("[a-z]+", str(Path(file).relative_to(folder)).lower())
+        splits.setdefault(next((split for split, names in _SPLITS.items() if names & set(words)), ""), file)
+    if len(splits.keys() - {""}) > 1:
+        shown = "; ".join(f"{split}: {file}" for split, file in splits.items() if split)
+        raise InputError(f"{key}: folder {folder} holds several splits ({shown}); name the files that are meant, "
+                         "with * for several")
 
 
 def _looks_like_path(text: str) -> bool:
@@ -143,28 +163,13 @@ def _nearest_file(path: Path) -> str:
 
 def _read_file(source: str, file: str) -> Iterator[Row]:
     if file.endswith(".parquet"):
-        reader = _read_parquet(file)
+        reader = read_parquet(file)
     elif ".jsonl" in Path(file).name[-10:]:
         reader = read_jsonl(file)
     else:
         reader = read_json_array(file)
     for line, fields in reader:
         yield Row(Address(source, file, line), fields)
-
-
-def _read_parquet(file: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    import pyarrow.lib
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(file) as parquet:
-            line = 0
-            for batch in parquet.iter_batches(batch_size=1024):
-                for fields in batch.to_pylist():
-                    line += 1
-                    yield line, _plain(fields)
-    except (pyarrow.lib.ArrowException, OSError) as error:
-        raise InputError(f"{file}: not a readable Parquet file: {str(error).splitlines()[0]}") from error
 
 
 def _dataset_version(source: Source) -> str:
@@ -215,16 +220,3 @@ def _from_hub(name: str, split: str) -> Any:
     import datasets
 
     return datasets.load_dataset(name, split=split)
-
-
-def _plain(value: Any) -> Any:
-    """Arrow and TFDS values as JSON types: bytes are UTF-8 text, arrays are lists."""
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, bytes):
-        return value.decode("utf-8", errors="surrogateescape")
-    if hasattr(value, "tolist"):
-        return _plain(value.tolist())
-    return value

@@ -108,6 +108,62 @@ def test_parquet_lists_and_structs(tmp_path):
         rows_of(str(tmp_path / "bad.parquet"))
 
 
+CALLS = [{"messages": [{"role": "assistant", "content": "", "tool_calls": [{"function": {"arguments": arguments}}]}],
+          "tools": [{"a": 1, "b": None}]} for arguments in ({"city": "Paris"}, {"n": 2})]
+PARTS = [{"messages": [{"role": "user", "content": content}]} for content in ("Say \"hi\"\n", [{"text": "é"}], "a")]
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_what_datasets_made_of_rows_is_read_as_they_were(tmp_path, saved):
+    """Structs that differ get each other's keys as nulls; contents of two types become JSON in a text (type Json)."""
+    datasets = pytest.importorskip("datasets")
+    for name, rows in (("calls", CALLS), ("parts", PARTS)):
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        made = datasets.load_dataset("json", data_files=str(file), split="train", cache_dir=str(tmp_path / "cache"))
+        target = str(tmp_path / name) if saved else str(tmp_path / f"{name}.parquet")
+        made.save_to_disk(target) if saved else made.to_parquet(target)
+        tools = [{"tools": [{"a": 1}]}] if name == "calls" else [{}]
+        assert [row.fields for row in rows_of(target)] == [row | tools[0] for row in rows]
+
+
+def test_parquet_that_cannot_be_read_names_the_column(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    def refused(table, said):
+        pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+        with pytest.raises(InputError, match=r"x\.parquet: " + said):
+            rows_of(str(tmp_path / "x.parquet"))
+
+    text, far = pyarrow.array(["a"]), pyarrow.array([2**60])
+    refused(pyarrow.table([text, text, text], ["prompt", "completion", "prompt"]), "two columns are named prompt; expe")
+    refused(pyarrow.table({"p": text, "when": far.cast(pyarrow.timestamp("ms"))}), "column when: a value cannot be re")
+    refused(pyarrow.table({"when": far.cast(pyarrow.timestamp("us", "Mars/One"))}), "column when: a value cannot be")
+    raw = pyarrow.Array.from_buffers(pyarrow.string(), 1, [None, pyarrow.py_buffer(b"\0\0\0\0\1\0\0\0"),
+                                                           pyarrow.py_buffer(b"\xff")])
+    refused(pyarrow.table({"p": raw}), r"column p: a value cannot be read \(UnicodeDecodeError")
+    nan = pyarrow.table({"p": text, "score": pyarrow.array([float("nan")])})
+    pyarrow.parquet.write_table(nan, tmp_path / "n.parquet")
+    assert rows_of(str(tmp_path / "n.parquet"))[0].fields == {"p": "a", "score": None}  # as JSON, which has no NaN
+
+
+def test_a_folder_of_several_splits_is_not_taken_whole(tmp_path):
+    """As the hub's are laid out, and as `itune data split` writes them; hidden folders hold no data."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    write(tmp_path / ".ipynb_checkpoints", "train-checkpoint.jsonl")
+    write(tmp_path / "data", "train-00000-of-00001.jsonl")
+    write(tmp_path / "data", "train-00001-of-00001.jsonl")
+    assert len(rows_of(str(tmp_path))) == 10
+    write(tmp_path / "data", "contests.jsonl")
+    assert len(rows_of(str(tmp_path))) == 15
+    write(tmp_path / "data", "test-00000.jsonl")
+    with pytest.raises(InputError, match=r"data\.train: folder .* holds several splits \(test: .*test-00000.jsonl; t"):
+        open_sources(str(tmp_path))
+    assert len(rows_of(str(tmp_path / "data" / "train-*"))) == 10
+
+
 def test_missing_things_name_the_nearest(tmp_path):
     write(tmp_path, "train.jsonl")
     with pytest.raises(InputError, match=r"no such file .*trian\.jsonl; nearest: .*train\.jsonl"):
