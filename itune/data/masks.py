@@ -14,7 +14,7 @@ import numpy as np
 
 from itune.data.encode import Structure, structure_of
 from itune.data.offsets import Encoded
-from itune.data.provenance import REASONING_FIELDS, THINK, Rendering, template_view
+from itune.data.provenance import REASONING_FIELDS, THINK, Rendering, Span, template_view
 from itune.data.templates import TemplateRefusal, Tokenizer, require_template
 from itune.types import Conversation
 
@@ -154,46 +154,89 @@ def _generated(conversation: Conversation, index: int, rendering: Rendering, str
                tokenizer: Tokenizer) -> tuple[int, int]:  # fmt: skip
     """Bounds of a turn with tool calls or reasoning: all that follows its generation prompt, to its end of turn.
 
-    The end is the end-of-turn token, where it stands before the next message's text; else the first added token after
-    the turn's own text (a template may end an earlier turn, or a call, in another way than the last turn).
+    The end is the end-of-turn token, where it stands before the next message's text. A template may end an earlier
+    turn, or a call, in another way: then it is the added token that ends what the conversation so far is rendered as,
+    or else the first one after the turn's own text.
     """
-    own = [span.end for span in rendering.spans if span.owner == index]
-    calls = bool(conversation.messages[index].extra.get("tool_calls"))
-    if calls and not any(span.owner == index and span.field == "tool_calls" for span in rendering.spans):
-        raise TemplateRefusal(f"it leaves out the tool calls of message {index}")
+    own = [span for span in rendering.spans if span.owner == index]
+    for number in range(len(conversation.messages[index].extra.get("tool_calls") or ())):
+        if not any(span.field == f"tool_calls[{number}]" for span in own):
+            raise TemplateRefusal(f"it leaves out tool call {number} of message {index}")
     if not own:
         raise TemplateRefusal(f"it leaves out the content of message {index}")
-    start, last = _start_of_turn(conversation, index, rendering, tokenizer), max(own)
-    following = min((span.start for span in rendering.spans if span.start >= last and span.owner != index),
-                    default=len(rendering.text))  # fmt: skip
+    start = _start_of_turn(conversation, index, rendering, tokenizer)
+    last, until = _end_of_texts(conversation, index, rendering, own, tokenizer)
+    if any(start < span.start < last and span.owner != index for span in rendering.spans):
+        raise TemplateRefusal(f"it writes a text of another message inside of message {index}, a result of its calls")
+    following = min([until, *(span.start for span in rendering.spans if span.start >= last and span.owner != index)])
     added = [(token_id, *place) for token_id, place in zip(structure.ids.tolist(), encoded.added)
              if last <= place[0] and place[1] <= following]  # fmt: skip
     if not added:
         raise TemplateRefusal(f"message {index} has no end-of-turn token")
     ids = [token_id for token_id, _, _ in added]
     whole = tokenizer.end_of_turn_ids
-    place = ids.index(whole[0]) if whole and whole[0] in ids else 0
-    if whole and tuple(ids[place : place + len(whole)]) == whole:
-        place += len(whole) - 1
+    if whole and whole[0] in ids:
+        place = ids.index(whole[0])
+        place += len(whole) - 1 if tuple(ids[place : place + len(whole)]) == whole else 0
+    else:
+        place = len(added) - 1 if added[-1][2] == until else 0
+        while place and added[place - 1][2] == added[place][1]:  # what follows may begin the tool's message
+            place -= 1
     return start, added[place][2]
+
+
+def _end_of_texts(conversation: Conversation, index: int, rendering: Rendering, own: list[Span],
+                  tokenizer: Tokenizer) -> tuple[int, int]:  # fmt: skip
+    """(where the turn's own texts end, where at the latest the turn does). A tool's message may repeat some of them.
+
+    Mostly the rendering begins with what the conversation up to this turn is rendered as. Else that may do before a
+    user's message, as far as all texts of the turn.
+    """
+    tools, text = conversation.metadata.get("tools"), rendering.text
+    template = require_template(tokenizer).for_tools(tools)
+    messages = [template_view(message) for message in conversation.messages[: index + 1]]
+    until = template.render(messages, tools, False).rstrip()
+    if until and text.startswith(until) and (ends := [span.end for span in own if span.end <= len(until)]):
+        return max(ends), len(until)
+    if not own[-1].again:
+        return own[-1].end, len(text)
+    try:
+        shared = _shared(text, template.render([*messages, {"role": "user", "content": "Why?"}], tools, False))
+    except TemplateRefusal:
+        shared = 0
+    if shared < max(span.end for span in own if not span.again):
+        raise TemplateRefusal(f"it writes a text of message {index} more than once, so its end cannot be proven")
+    return max(span.end for span in own if span.end <= shared), len(text)
+
+
+def _shared(one: str, other: str) -> int:
+    """Length of the beginning that two texts share."""
+    return next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
 
 
 def _start_of_turn(conversation: Conversation, index: int, rendering: Rendering, tokenizer: Tokenizer) -> int:
     """Where message `index` begins: after its generation prompt, as far as the text has it.
 
-    A generation prompt may open a reasoning that the turn does not have; where the two part, the turn begins.
+    A generation prompt may open a reasoning that the turn does not have; where the two part, the turn begins. Where an
+    earlier reasoning was left out, the texts part before: then the prompt's end must stand once between two messages.
     """
     before = [template_view(message) for message in conversation.messages[:index]]
-    template, tools = require_template(tokenizer), conversation.metadata.get("tools")
+    tools = conversation.metadata.get("tools")
+    template = require_template(tokenizer).for_tools(tools)
     prompt, text = template.render(before, tools, True), rendering.text
     if text.startswith(prompt):
         return len(prompt)
     bare = template.render(before, tools, False)
-    same = next((i for i, (one, other) in enumerate(zip(text, prompt)) if one != other), min(len(text), len(prompt)))
+    same, own = _shared(text, prompt), min(span.start for span in rendering.spans if span.owner == index)
+    if prompt.startswith(bare) and not text.startswith(bare):
+        since = max((span.end for span in rendering.spans if span.end <= own and span.owner != index), default=0)
+        opening, between = prompt[len(bare) :], text[since:own]
+        if opening.strip() and between.count(opening) == 1:
+            return since + between.index(opening) + len(opening)
     if not (prompt.startswith(bare) and text.startswith(bare) and same > len(bare)):
         raise TemplateRefusal(f"message {index} has tool calls or reasoning, and the text before it differs from its "
                               "generation prompt, so its start cannot be proven")
-    return min([same, *(span.start for span in rendering.spans if span.owner == index)])
+    return min(same, own)
 
 
 def with_messages(conversation: Conversation, count: int) -> Conversation:

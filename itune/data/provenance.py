@@ -22,16 +22,21 @@ from itune.types import Conversation, Message
 PLACEHOLDER = "\ufdd0"
 ALPHABETS = (0xFDD0, 0xFDDC, 0x10F000, 0xF0000)  # twelve characters each: open, close, ten digits
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+_ID = re.compile(r"[\w.:-]+")
 THINK = re.compile(r"(</?think(?:ing)?>)")
 
 
 class Span(NamedTuple):
-    """Characters [start, end) of the rendered text are `field` of message `owner`; owner -1 is the tools."""
+    """Characters [start, end) of the rendered text are `field` of message `owner`; owner -1 is the tools.
+
+    again: the template has written this very text before; a tool's message may repeat the name of the call.
+    """
 
     owner: int
     field: str
     start: int
     end: int
+    again: bool = False
 
 
 class Rendering(NamedTuple):
@@ -57,6 +62,7 @@ Style = Callable[[str], list[tuple[bool, str]]]
 def located(conversation: Conversation, template: ChatTemplate, add_generation_prompt: bool = False) -> Rendering:
     """Render a conversation and find its texts. Raises TemplateRefusal where it refuses or nothing can be proven."""
     tools = conversation.metadata.get("tools")
+    template = template.for_tools(tools)
     messages = conversation.messages
     dicts = [template_view(message) for message in messages]
     plain = template.render(dicts, tools, add_generation_prompt)
@@ -103,10 +109,10 @@ def _marked_rendering(plain: str, messages: list[dict[str, Any]], tools: Any, te
     base = next((base for base in ALPHABETS if not _alphabet(base).search(plain)), None)
     if base is None:
         raise TemplateRefusal("the text holds every marker character that could show where it goes")
-    for style in (_outer, _inner, _reasoning):
-        if style is _reasoning and "</think" not in template.source:
-            continue
-        marks = _Marks(base, style)
+    styles = [_outer, _inner, *([_reasoning] if "</think" in template.source else [])]
+    ids = any(message.get(name) for message in messages for name in ("tool_calls", "tool_call_id"))
+    for style, bare in [*((style, False) for style in styles), *((style, True) for style in styles if ids)]:
+        marks = _Marks(base, style, bare)
         marked_messages = [marks.message(index, message) for index, message in enumerate(messages)]
         marked_tools = marks.value(tools, -1, "tools", _outer) if tools else tools
         try:
@@ -121,13 +127,20 @@ def _marked_rendering(plain: str, messages: list[dict[str, Any]], tools: Any, te
 class _Marks:
     """Puts markers around texts, and reads them back from what was rendered."""
 
-    def __init__(self, base: int, style: Style):
+    def __init__(self, base: int, style: Style, bare_ids: bool = False):
         self.base, self.style = base, style
+        # a template may measure the id of a call
+        self.bare = ("type", "id", "tool_call_id") if bare_ids else ("type",)
         self.owners: list[tuple[int, str]] = []
 
     def message(self, index: int, message: dict[str, Any]) -> dict[str, Any]:
         style = _inner if self.style is _reasoning and message["role"] != "assistant" else self.style
-        return {k: v if k == "role" else self.value(v, index, k, style) for k, v in message.items()}
+        marked = {k: v if k == "role" or self._is_bare(k, v) else self.value(v, index, k, style)
+                  for k, v in message.items() if k != "tool_calls"}
+        if calls := message.get("tool_calls"):
+            marked["tool_calls"] = [self.value(call, index, f"tool_calls[{number}]", style)
+                                    for number, call in enumerate(calls)]
+        return marked
 
     def value(self, value: Any, owner: int, field: str, style: Style) -> Any:
         """`value` with markers around every text in it, dictionary keys excepted."""
@@ -137,8 +150,11 @@ class _Marks:
             return [self.value(item, owner, field, style) for item in value]
         if isinstance(value, dict):
             # "type": "function" and the like are read by templates, and are nobody's text.
-            return {k: v if k == "type" else self.value(v, owner, field, style) for k, v in value.items()}
+            return {k: v if self._is_bare(k, v) else self.value(v, owner, field, style) for k, v in value.items()}
         return value
+
+    def _is_bare(self, name: str, value: Any) -> bool:
+        return name in self.bare and (name == "type" or (isinstance(value, str) and _ID.fullmatch(value) is not None))
 
     def _text(self, text: str, owner: int, field: str, style: Style) -> str:
         pieces = []
@@ -152,7 +168,7 @@ class _Marks:
 
     def read(self, marked: str) -> Rendering | None:
         """The rendering without markers, or None where the template tore a marked text apart."""
-        text, structure, spans = [], [], []
+        text, structure, spans, seen = [], [], [], set()
         length = cursor = 0
         for match in _marked(self.base).finditer(marked):
             between = marked[cursor : match.start()]
@@ -161,7 +177,8 @@ class _Marks:
             length = start + len(match[2])
             text += [between, match[2]]
             structure += [between, PLACEHOLDER]
-            spans.append(Span(*self.owners[number], start, length))
+            spans.append(Span(*self.owners[number], start, length, number in seen))
+            seen.add(number)
             cursor = match.end()
         text.append(marked[cursor:])
         structure.append(marked[cursor:])

@@ -63,21 +63,30 @@ class TemplateRefusal(Exception):
 
 
 class ChatTemplate:
-    """A compiled chat template. `source` is Jinja as transformers stores it, `name` says where it came from."""
+    """A compiled chat template. `source` is Jinja as transformers stores it, `name` says where it came from.
 
-    def __init__(self, source: str, name: str, variables: dict[str, Any]):
+    with_tools: another source, which takes its place for conversations with tools (transformers' `tool_use`).
+    """
+
+    def __init__(self, source: str, name: str, variables: dict[str, Any], with_tools: str = ""):
         from jinja2 import TemplateSyntaxError
 
         from itune.data.sandbox import Sandbox
 
         self.source, self.name, self.variables = source, name, variables
         self.frames: dict[Any, list[Any]] = {}  # what provenance.py found out about it
+        self._with_tools = ChatTemplate(with_tools, f"{name} (tool_use)", variables) if with_tools else self
+        self.sources = source + with_tools
         self._sandbox = Sandbox()
         try:
             self._template = self._sandbox.compiled(source)
         except TemplateSyntaxError as error:
             raise InputError(f"chat template {name}:{error.lineno}: {error.message}; "
                              "expected a Jinja chat template") from error
+
+    def for_tools(self, tools: Any) -> ChatTemplate:
+        """The template of a conversation with these tools."""
+        return self._with_tools if tools else self
 
     def render(self, messages: Sequence[dict[str, Any]], tools: Any = None, add_generation_prompt: bool = False) -> str:
         """The text of a conversation. Raises TemplateRefusal with the template's own words."""
@@ -134,10 +143,9 @@ def with_template(
     """A transformers fast tokenizer as a Tokenizer; see `load_tokenizer`. `revision`: where it was loaded from."""
     stops = source_stop_ids(hf.name_or_path, revision)
     if not chat_template:
-        own = hf.chat_template
-        if isinstance(own, dict):
-            own = own.get("default")
-        template = ChatTemplate(own, "of the tokenizer", dict(hf.special_tokens_map)) if own else None
+        named = hf.chat_template if isinstance(hf.chat_template, dict) else {"default": hf.chat_template}
+        own, tools = named.get("default"), named.get("tool_use") or ""
+        template = ChatTemplate(own, "of the tokenizer", dict(hf.special_tokens_map), tools) if own else None
         return Tokenizer(hf, template, stops=stops)
     source, needed = _template_source(chat_template, where)
     has = set(hf.get_added_vocab())

@@ -49,7 +49,7 @@ class Tokenizer:
         self.backend.no_padding()
         self.backend.post_processor = None
         self.all_added: dict[int, Any] = dict(hf.added_tokens_decoder)
-        pieces = ordinary(self.backend, self.all_added, template.source if template else "")
+        pieces = ordinary(self.backend, self.all_added, template.sources if template else "")
         self.added = {index: token for index, token in self.all_added.items() if index not in pieces}
         self.is_added_V = np.zeros(max([self.vocab_size, *(index + 1 for index in self.all_added)]), bool)
         self.is_added_V[list(self.added)] = True
@@ -100,7 +100,7 @@ class Tokenizer:
         """Hash of vocabulary, merges, added tokens, special tokens and chat template."""
         hasher = hashlib.sha256(self.backend.to_str().encode())
         hasher.update(json.dumps(self.hf.special_tokens_map, sort_keys=True, default=str).encode())
-        hasher.update((self.template.source if self.template else "").encode())
+        hasher.update((self.template.sources if self.template else "").encode())
         return hasher.hexdigest()
 
 
