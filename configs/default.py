@@ -70,6 +70,7 @@ def get_config() -> ConfigDict:
 
     c.data.max_length = 1024  # tokens a row
     # over max_length: drop | truncate (oldest turns first, then the end of the answer) | split (by turns into several)
+    # | keep_start (the first tokens, wherever that ends)
     c.data.overlong = "drop"
     c.data.packing = True  # several examples a row, kept apart by segment ids
     c.data.chat_template = ""  # name (chatml, llama3) or file, for a model that has none; "" is the tokenizer's own

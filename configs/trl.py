@@ -16,7 +16,7 @@ def get_config():
     c.evaluators = ()
     c.data.packing = False
     c.data.max_length = 1024
-    c.data.overlong = "truncate"
+    c.data.overlong = "keep_start"
     c.train.epochs = 3.0
     c.train.batch_size = 8
     c.train.remat = "full"

@@ -80,7 +80,7 @@ class DataSection:
     predicate: str = key("", "package.module:function")
     limits: LimitsSection = dataclasses.field(default_factory=LimitsSection)
     max_length: int = key(1024, "tokens", 8)
-    overlong: Literal["drop", "truncate", "split"] = key("drop", "policy")
+    overlong: Literal["drop", "truncate", "split", "keep_start"] = key("drop", "policy")
     packing: bool = key(True, "yes or no")
     chat_template: str = key("", "name or file")
     train_on: Literal["assistant", "last", "all"] = key("assistant", "which turns")

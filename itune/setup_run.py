@@ -172,7 +172,7 @@ def model_settings(config: Config, tokenizer: Any) -> dict[str, Any]:
     own = tokenizer.vocab_size - len(tokenizer.added_tokens)
     if own > rows:
         raise InputError(
-            f"{section.path}: the tokenizer has {own} tokens, the embedding has {rows} rows; take the "
+            f"{section.path}: the tokenizer's ids go up to {own - 1}, the embedding has {rows} rows; take the "
             "tokenizer that belongs to the model"
         )
     return {**settings, "vocab_size": tokenizer.vocab_size}

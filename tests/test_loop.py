@@ -384,7 +384,7 @@ def test_tokenizer_larger_than_the_embedding(inputs, tmp_path, capsys):
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "vocab_size": 256}))
     assert main(command(inputs, tmp_path / "run", f"--config.model.path={model}")) == 2
-    assert "tokens, the embedding has 256 rows" in capsys.readouterr().err
+    assert ", the embedding has 256 rows" in capsys.readouterr().err
 
 
 def test_out_of_disk_is_said_before_weights_are_read(inputs, tmp_path, capsys, monkeypatch):

@@ -46,12 +46,16 @@ JUDGES = {
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    """37 prompt and completion rows of 8 to 60 bytes, and their file."""
+    """37 prompt and completion rows, and their file."""
     draw, found = random.Random(1), []
     for number in range(ROWS):
-        answer = "".join(draw.choice("abcdefgh ") for _ in range(draw.randint(2, 30))).strip() or "a"
+        long = number % 6 == 0  # an answer before, which is no target, and more tokens than are kept
+        answer = "".join(draw.choice("abcdefgh ") for _ in range(draw.randint(60, 80) if long else draw.randint(2, 30)))
+        before = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "No."}] if long else []
+        asked = {"role": "user", "content": f"Say {number} {'' if long else 'x' * draw.randint(0, 20)}"}
+        answer = answer.strip() or "a"
         found.append({
-            "prompt": [{"role": "user", "content": f"Say {number} {'x' * draw.randint(0, 20)}"}],
+            "prompt": [*before, asked],
             "completion": [{"role": "assistant", "content": answer}],
         })  # fmt: skip
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
@@ -91,7 +95,10 @@ def our_run(folder, path):
     config = from_dict({
         "compat": "trl", "seed": SEED, "evaluators": (),
         "model": {"path": str(folder / "model")},
-        "data": {"train": str(path), "max_length": 96, "packing": False, "cache_dir": str(folder / "cache")},
+        "data": {
+            "train": str(path), "max_length": 96, "overlong": "keep_start", "packing": False,
+            "cache_dir": str(folder / "cache"),
+        },
         "train": {"epochs": EPOCHS, "batch_size": MICRO * ACCUMULATION, "accumulation": ACCUMULATION},
         "optimizer": {"learning_rate": RATE, "schedule": "cosine", "warmup": 3, "weight_decay": 0.1, "clip_norm": 0.5},
     })  # fmt: skip

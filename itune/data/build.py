@@ -82,7 +82,7 @@ def _build(folder: Path, section: Any, sources: list[Source], eval_sources: list
     rendered = _Rendering(folder / "rendered", section, tokenizer, census, section.overlong, categories)
     rendered.add(rows, [index for index in range(len(rows)) if index not in gone])
     held_census.add_rows(chosen.held)
-    policy = "drop" if section.overlong == "drop" else "truncate"  # an item to judge by is never split
+    policy = "truncate" if section.overlong == "split" else section.overlong  # an item to judge by is never split
     held = _Rendering(folder / "rendered_held_out", section, tokenizer, held_census, policy, keep=True)
     held.add(chosen.held, range(len(chosen.held)))
 

@@ -1,4 +1,4 @@
-"""What becomes of a conversation over the maximum length: dropped, cut from the left by whole turns, or split by turns.
+"""What becomes of a conversation over the maximum length: dropped, cut by whole turns from the left, split, or cut off.
 
 A turn here is an exchange: a user's message and all that follows it before the next one. System messages stay in front
 of every part. No policy leaves a part without a target; what is lost is counted.
@@ -33,20 +33,23 @@ class Fitted(NamedTuple):
 
 def fit(conversation: Conversation, example: Example, tokenizer: Tokenizer, max_length: int, policy: str,
         train_on: str = "assistant") -> Fitted:  # fmt: skip
-    """The parts of a rendered conversation under a policy: drop, truncate or split.
+    """The parts of a rendered conversation under a policy: drop, truncate, split or keep_start.
 
     truncate: the oldest exchanges go until the rest fits; a last exchange that is too long by itself loses its end.
     split: as many exchanges as fit make a part, then the next ones; with `train_on="last"` only the last answer is a
-    target, so that splitting is truncating.
+    target, so that splitting is truncating. keep_start: the first tokens, wherever that ends (as TRL does).
     """
     whole = Part(conversation, example)
     if len(example.token_ids) <= max_length:
         return Fitted((whole,))
     if policy == "drop":
         return _judged(whole, [], f"longer than data.max_length ({max_length} tokens)")
-    exchanges = _Exchanges(conversation, tokenizer, max_length, train_on)
-    split = policy == "split" and train_on != "last"
-    parts = exchanges.split() if split else [exchanges.newest()]
+    if policy == "keep_start":
+        cut = truncated(example, max_length)
+        parts: list[Part | None] = [Part(conversation, cut) if cut is not None else None]
+    else:
+        exchanges = _Exchanges(conversation, tokenizer, max_length, train_on)
+        parts = exchanges.split() if policy == "split" and train_on != "last" else [exchanges.newest()]
     return _judged(whole, [part for part in parts if part], f"no target within data.max_length ({max_length} tokens)")
 
 

@@ -24,7 +24,7 @@ from itune.storage.fetch import model_folder
 from itune.types import InputError
 from itune.writers import write_atomically
 
-TEMPLATE = ("source", "name", "variables")  # what a chat template is made of
+TEMPLATE = ("source", "name", "variables", "with_tools")  # what a chat template is made of
 READ = (".json", ".jinja", ".model", ".txt")  # suffixes of what a tokenizer is made of
 
 

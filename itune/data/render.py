@@ -99,7 +99,10 @@ def render_many(conversations: Sequence[Conversation], tokenizer: Tokenizer, tra
             continue
         example = Example(encoded.ids, weights, conversation.address, conversation.metadata)
         markers = structure_of(rendering, tokenizer).markers
-        outcomes[row] = Outcome(example, notes=_notes(conversation, encoded, markers))
+        notes = _notes(conversation, encoded, markers)
+        if conversation.metadata.get("tools") and all(span.owner >= 0 for span in rendering.spans):
+            notes += ("tools that the template does not write",)
+        outcomes[row] = Outcome(example, notes=notes)
         rows.append(row)
         ids.append(encoded.ids)
         pieces.append(found)
@@ -148,7 +151,7 @@ def as_tokenizer(given: Any) -> Tokenizer:
     if isinstance(given, Tokenizer):
         return given
     kept = given.__dict__.get("_itune_tokenizer")
-    if kept is None or kept.vocab_size != len(given) or kept.source != given.chat_template:
+    if kept is None or kept.size != len(given) or kept.source != given.chat_template:
         kept = given.__dict__["_itune_tokenizer"] = with_template(given)
     return kept
 

@@ -73,7 +73,7 @@ class ChatTemplate:
 
         from itune.data.sandbox import Sandbox
 
-        self.source, self.name, self.variables = source, name, variables
+        self.source, self.name, self.variables, self.with_tools = source, name, variables, with_tools
         self.frames: dict[Any, list[Any]] = {}  # what provenance.py found out about it
         self._with_tools = ChatTemplate(with_tools, f"{name} (tool_use)", variables) if with_tools else self
         self.sources = source + with_tools

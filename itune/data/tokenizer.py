@@ -41,17 +41,17 @@ class Tokenizer:
         if not getattr(hf, "is_fast", False):
             raise InputError(f"tokenizer {hf.name_or_path}: {type(hf).__name__} has no tokenizer.json; "
                              "expected a fast tokenizer")
-        self.hf, self.added_tokens, self.source = hf, added_tokens, hf.chat_template
-        self.vocab_size = len(hf)
+        self.hf, self.added_tokens, self.source, self.size = hf, added_tokens, hf.chat_template, len(hf)
         self.template = template
         self.backend = copy.deepcopy(hf.backend_tokenizer)
         self.backend.no_truncation()
         self.backend.no_padding()
         self.backend.post_processor = None
         self.all_added: dict[int, Any] = dict(hf.added_tokens_decoder)
+        self.vocab_size = max([len(hf), *(index + 1 for index in self.all_added)])  # they may leave ids out
         pieces = ordinary(self.backend, self.all_added, template.sources if template else "")
         self.added = {index: token for index, token in self.all_added.items() if index not in pieces}
-        self.is_added_V = np.zeros(max([self.vocab_size, *(index + 1 for index in self.all_added)]), bool)
+        self.is_added_V = np.zeros(self.vocab_size, bool)
         self.is_added_V[list(self.added)] = True
         self.sizes_V = np.zeros(len(self.is_added_V), np.int32)  # bytes of each token, 0 until offsets.py asks
         self.structures: dict[str, Any] = {}  # what encode.py found out about the template

@@ -171,6 +171,17 @@ def test_the_cache_answers_for_equal_inputs_only(run, write_rows, tokenizer, mak
     assert run(path, seed=7).fingerprint == changed[-1].fingerprint  # without a split the seed decides nothing
 
 
+def test_moved_data_have_their_new_addresses(run, write_rows, tmp_path):
+    """And are the same data to a run that goes on."""
+    path = Path(write_rows([qa(i) for i in range(20)]))
+    first = run(str(path), held_out_share=0.2)
+    (tmp_path / "elsewhere").mkdir()
+    moved = run(str(path.rename(tmp_path / "elsewhere" / path.name)), held_out_share=0.2)
+    assert moved.fingerprint == first.fingerprint and np.array_equal(moved.train.tokens, first.train.tokens)
+    assert all("/elsewhere/" in item["address"] for item in json.loads(
+        (moved.folder / "heldout_proof.json").read_text())["items"])
+
+
 @pytest.mark.parametrize("file", ["train/tokens.int32", "train/weights.float32", "train/names.json", "held_out.jsonl"])
 def test_a_damaged_cache_is_built_again(run, write_rows, file):
     path = write_rows([qa(i) for i in range(20)])

@@ -168,6 +168,8 @@ def test_overlong_conversations_lose_whole_turns_or_become_several(run, write_ro
     assert np.array_equal(cut.train[1].loss_weights, expected.loss_weights)
     source = cut.report["sources"]["rows"]
     assert source["truncated"] == 1 and source["truncated_tokens"] == whole - len(expected.token_ids)
+    kept = run(path, overlong="keep_start").train[1]
+    assert np.array_equal(kept.token_ids, render(messages, tokenizer).token_ids[:256]) and kept.loss_weights[1:].any()
     split = run(path, overlong="split")
     examples = [split.train[i] for i in range(len(split.train))]
     told = [tokenizer.decode(example.token_ids[example.loss_weights > 0]) for example in examples]
@@ -186,7 +188,7 @@ def test_no_policy_leaves_a_part_without_a_target(run, write_rows):
     prompt_too_long, answer_too_long = one("x " * 400, "yes"), one("x", "yes " * 400)
     middle = long_chat(3)
     middle["messages"][3]["content"] = "why " * 400
-    for policy, examples, dropped in (("truncate", 2, 1), ("split", 3, 1)):
+    for policy, examples, dropped in (("truncate", 2, 1), ("split", 3, 1), ("keep_start", 2, 1)):
         dataset = run(write_rows([prompt_too_long, answer_too_long, middle]), overlong=policy)
         assert len(dataset.train) == examples and sum(dataset.report["dropped"].values()) == dropped
         assert all(dataset.train[i].loss_weights[1:].any() for i in range(examples))

@@ -54,6 +54,17 @@ def test_is_what_is_read(recall, folder, tmp_path, template):
     assert len(reads) == 2, "it is read once"
 
 
+def test_a_template_for_tools_is_remembered_too(recall, folder):
+    hf = load_tokenizer(str(folder)).hf
+    hf.chat_template = {"default": TEMPLATE, "tool_use": "{{ tools }}" + TEMPLATE}
+    hf.save_pretrained(folder)
+    recall()
+    found, _ = recall()
+    plain = found.template.render(TALK)
+    assert isinstance(found, Remembered) and found.template.for_tools(None).render(TALK) == plain
+    assert found.template.for_tools(["f"]).render(TALK, ["f"]) == "['f']" + plain
+
+
 def test_is_read_again_when_a_file_or_the_template_changes(recall, folder, tmp_path):
     mine = tmp_path / "mine.jinja"
     mine.write_text(TEMPLATE)

@@ -11,7 +11,7 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from itune.data.render import render
-from itune.data.templates import load_tokenizer, require_template, with_template
+from itune.data.templates import SHIPPED, load_tokenizer, require_template, with_template
 from itune.types import InputError
 
 
@@ -78,6 +78,18 @@ def test_plain_text_never_becomes_an_added_token(make_hf, kind):
             assert made <= {tokenizer.hf.unk_token_id}, (text, made)
     if kind != "metaspace_first":  # which marks the first word of a text, and plain text follows other text
         assert tokenizer.encode_plain("How many foxes?") == tokenizer.backend.encode("How many foxes?").ids
+
+
+def test_the_size_is_that_of_the_largest_id(make_hf, tmp_path):
+    """Added tokens may leave ids out; rows of an embedding are counted by what they may be asked for."""
+    hf = make_hf(added=("<|im_start|>", "<|im_end|>"), eos_token="<|im_end|>", template=SHIPPED["chatml"])
+    hf.save_pretrained(tmp_path)
+    state, size = json.loads((tmp_path / "tokenizer.json").read_text()), len(hf)
+    for token in state["added_tokens"]:
+        if token["content"] == "<|im_end|>":
+            token["id"] = state["model"]["vocab"]["<|im_end|>"] = size + 100
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+    assert load_tokenizer(str(tmp_path)).vocab_size == size + 101 > len(load_tokenizer(str(tmp_path)).hf)
 
 
 @pytest.mark.parametrize("declared", ["PreTrainedTokenizerFast", "TokenizersBackend"])

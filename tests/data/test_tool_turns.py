@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from test_trl_templates import CALL, TOOLS, conversation, hf, told, turns, use, user  # noqa: F401
 
-from itune.data.render import render
+from itune.data.render import render, render_many
+from itune.data.templates import with_template
 from itune.types import InputError
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -68,5 +69,9 @@ def test_an_id_that_the_template_measures(make_hf):
 def test_the_template_for_tools_is_taken_where_there_are_some(make_hf):
     made = make_hf(added=("<|im_start|>", "<|im_end|>"), eos_token="<|im_end|>")
     made.chat_template = {"default": CHATML, "tool_use": WITH_TOOLS}
+    assert render_many([conversation([user("q"), ANSWER], TOOLS)], with_template(made))[0].notes == ()
     for tools in (TOOLS, None):
         assert learnt(made, [user("q"), ANSWER], tools) == ["It is 23.<|im_end|>"]
+    made.chat_template = CHATML
+    found = render_many([conversation([user("q"), ANSWER], TOOLS)], with_template(made))[0]
+    assert found.example is not None and found.notes == ("tools that the template does not write",)
