@@ -82,7 +82,9 @@ both moments in float32; LoRA has rank 16 on every projection and a bfloat16 bas
 programs may use (v5e 15.75, v6e 31.25, v5p 95.74 GiB).
 
 Times are estimates, not measurements: nothing here has run on a TPU. They assume a stated share of peak (v5e 60 %,
-v5p 62 %, v6e 50 %), 80 % of the interconnect, and that exchange and computation overlap.
+v5p 62 %, v6e 50 %), 80 % of the interconnect, and that exchange and computation overlap. `model.compute_dtype=float32`
+takes the same share of the chip's float32 rate: six bfloat16 passes on a TPU, 67 of 989 TFLOP/s on an H100 or H200.
+MFU is of the bfloat16 peak in either dtype, as in a run.
 """
 
 

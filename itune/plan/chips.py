@@ -1,7 +1,9 @@
 """What one chip has, and slices of them by name: "v5e:4x4", "v6e:2x4", "v5p:2x2x1", "gpu:h200:8", "2*v5e:4x4".
 
 Memory, memory bandwidth and interconnect of TPUs: cloud.google.com/tpu/docs (pages v5e, v5p, v6e); of GPUs: NVIDIA's
-data sheets (NVLink 4). Peak FLOP/s stand in itune/flops.py. `efficiency` is an assumption, stated wherever a time
+data sheets (NVLink 4). Peak FLOP/s in bfloat16 stand in itune/flops.py; in float32 without TF32, as itune computes it,
+NVIDIA's data sheets say 67 TFLOP/s of H100 SXM and H200 and 19.5 of A100 ("FP32"). A TPU multiplies in bfloat16 only: a
+float32 product (precision HIGHEST) is six of its passes. `efficiency` is an assumption, stated wherever a time
 is: the share of peak that large matrix products and attention reach together, after published runs (MaxText 61 to 71 %
 MFU of dense models on v5e and v5p, 47 % on v6e; torchtitan and MaxText near 50 % on H100).
 """
@@ -19,6 +21,7 @@ from itune.flops import peak_flops
 from itune.types import InputError
 
 OVERLAP_EFFICIENCY = 0.8  # of interconnect and memory bandwidth, an assumption too
+PASSES = 6  # in bfloat16, of a float32 product on a TPU
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +29,7 @@ class Chip:
     """One device. `memory` bytes that a program may use, `memory_bandwidth` and `interconnect` bytes/s.
 
     `interconnect`: what a device can receive from the others of its slice, all links together, with wrapped rings;
-    `network`: from other slices or hosts. `efficiency`: see above.
+    `network`: from other slices or hosts. `efficiency`, and `float32` FLOP/s (0: passes in bfloat16): see above.
     """
 
     name: str
@@ -36,11 +39,16 @@ class Chip:
     interconnect: float
     network: float
     efficiency: float
+    float32: float = 0.0
 
     @property
     def peak(self) -> float:
         """bfloat16 FLOP/s at most."""
         return peak_flops(self.kind) or 0.0
+
+    def peak_in(self, dtype: str) -> float:
+        """FLOP/s at most of products in a compute dtype."""
+        return (self.float32 or self.peak / PASSES) if dtype == "float32" else self.peak
 
 
 GIB = 2**30
@@ -51,9 +59,9 @@ CHIPS = {
         Chip("v5e", "TPU v5 lite", int(15.75 * GIB), 819e9, 200e9, 3.1e9, 0.60),
         Chip("v5p", "TPU v5", int(95.74 * GIB), 2765e9, 600e9, 6.25e9, 0.62),
         Chip("v6e", "TPU v6 lite", int(31.25 * GIB), 1638e9, 400e9, 12.5e9, 0.50),
-        Chip("h100", "NVIDIA H100", int(79.1 * GIB), 3350e9, 450e9, 50e9, 0.52),
-        Chip("h200", "NVIDIA H200", int(139.8 * GIB), 4800e9, 450e9, 50e9, 0.52),
-        Chip("a100", "NVIDIA A100", int(79.1 * GIB), 2039e9, 300e9, 25e9, 0.52),
+        Chip("h100", "NVIDIA H100", int(79.1 * GIB), 3350e9, 450e9, 50e9, 0.52, 67e12),
+        Chip("h200", "NVIDIA H200", int(139.8 * GIB), 4800e9, 450e9, 50e9, 0.52, 67e12),
+        Chip("a100", "NVIDIA A100", int(79.1 * GIB), 2039e9, 300e9, 25e9, 0.52, 19.5e12),
     )
 }
 _WRAPS = {"v5e": 16, "v6e": 16, "v5p": 4}  # a ring closes along an axis of this many chips (a multiple of it)

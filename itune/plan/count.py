@@ -22,7 +22,8 @@ KERNELS = {"fwd": 1.0, "dkv": 2.5, "bwd": 2.5, "dq": 1.5}
 
 
 def count_flops(jaxpr: Any, turns: int = 1, visible: float = 0.5) -> dict[str, float]:
-    """FLOPs of matrix products ("products"), of attention kernels, and of products with "float32" operands.
+    """FLOPs of matrix products ("products"), of "attention" kernels, of products with "float32" operands, and "exact":
+    of those, what asks for float32's precision. A TPU rounds the operands of the others to bfloat16.
 
     `jaxpr`: a ClosedJaxpr, all devices together. `turns`: trip count of loops whose own is not static (the chunks of
     the loss). `visible`: share of the (query, key) square that a kernel computes.
@@ -30,7 +31,7 @@ def count_flops(jaxpr: Any, turns: int = 1, visible: float = 0.5) -> dict[str, f
     total: dict[str, float] = collections.defaultdict(float)
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     _count(dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0], 1.0, turns, visible, total)
-    return {name: total[name] for name in ("products", "attention", "float32")}
+    return {name: total[name] for name in ("products", "attention", "float32", "exact")}
 
 
 def _count(jaxpr: Any, times: float, turns: int, visible: float, total: dict[str, float]) -> None:
@@ -41,6 +42,7 @@ def _count(jaxpr: Any, times: float, turns: int, visible: float, total: dict[str
             total["products"] += flops
             if all(v.aval.dtype == np.float32 for v in equation.invars[:2]) and _is_matrix(equation):
                 total["float32"] += flops
+                total["exact"] += flops if _is_exact(equation) else 0.0
         elif name == "pallas_call":
             total["attention"] += times * _kernel(equation, visible)
         else:
@@ -80,6 +82,11 @@ def _is_matrix(equation: Any) -> bool:
     contracted, batch = equation.params["dimension_numbers"]
     sides = zip(equation.invars[:2], contracted, batch)
     return all(v.aval.ndim > len(summed) + len(shared) for v, summed, shared in sides)
+
+
+def _is_exact(equation: Any) -> bool:
+    precision = equation.params["precision"]
+    return jax.lax.Precision.HIGHEST in (precision if isinstance(precision, tuple) else (precision,))
 
 
 def _product(equation: Any) -> float:

@@ -51,6 +51,11 @@ class Report:
         """Dollars of the whole run; None where price or steps are not known."""
         return None if self.price is None or not self.steps else self.hours * self.where.chips * self.price
 
+    @property
+    def compute_peak(self) -> float:
+        """FLOP/s that a chip has at most in the compute dtype."""
+        return self.where.chip.peak_in(self.settings["compute_dtype"])
+
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, unrounded."""
         t = self.time
@@ -60,7 +65,7 @@ class Report:
                        "evaluation": self.evaluation, "left": self.left if self.limit else None},
             "traffic": self.traffic, "compiled": self.compiled,
             "flops": {"model": t.model_flops, "hardware": t.hardware_flops, "peak": self.where.chip.peak,
-                      "efficiency": self.where.chip.efficiency},
+                      "compute_peak": self.compute_peak, "efficiency": self.where.chip.efficiency},
             "seconds": {"step": t.step, "compute": t.compute, "interconnect": t.interconnect, "network": t.network,
                         "update": t.update},
             "tokens_per_second": t.tokens_per_second, "mfu": mfu(self), "steps": self.steps,
@@ -70,13 +75,13 @@ class Report:
 
 
 def mfu(report: Report) -> float:
-    """Model FLOPs that the estimated step does, as a share of peak."""
+    """Model FLOPs that the estimated step does, as a share of the bfloat16 peak in any compute dtype, as in a run."""
     return report.time.model_flops / (report.time.step * report.where.chips * report.where.chip.peak)
 
 
 def lines(report: Report, price_file: str | None = None) -> Iterator[str]:
     """The report for a terminal."""
-    need, t, where = report.need, report.time, report.where
+    need, t, where, dtype = report.need, report.time, report.where, report.settings["compute_dtype"]
     formula = "by formula, within about 15 %" if where.is_tpu else "by formula, compared with programs for TPUs only"
     how = "compiled for these chips" if report.compiled else formula
     yield f"{where.name}: {where.chips} x {where.chip.name}, {settings_text(report.settings)}"
@@ -98,11 +103,15 @@ def lines(report: Report, price_file: str | None = None) -> Iterator[str]:
     )
     yield (
         f"estimated step {spell(t.step)}, bound by {t.bound}: compute {spell(t.compute)} at "
-        f"{where.chip.efficiency:.0%} of {where.chip.peak / 1e12:.0f} TFLOP/s, interconnect {spell(t.interconnect)} "
-        f"and network {spell(t.network)} at {OVERLAP_EFFICIENCY:.0%}, then update {spell(t.update)}"
+        f"{where.chip.efficiency:.0%} of {report.compute_peak / 1e12:.3g} TFLOP/s ({dtype}), interconnect "
+        f"{spell(t.interconnect)} and network {spell(t.network)} at {OVERLAP_EFFICIENCY:.0%}, then update "
+        f"{spell(t.update)}"
     )
     rate = t.tokens_per_second
-    yield f"  {rate:,.0f} tokens/s, {rate / where.chips:,.0f} a chip, MFU {mfu(report):.1%}"
+    yield f"  {rate:,.0f} tokens/s, {rate / where.chips:,.0f} a chip, MFU {mfu(report):.1%} of the bfloat16 peak"
+    if dtype == "float32":
+        gain = f"about {t.bfloat16_gain:.1f} times as fast"
+        yield f"  bfloat16 compute would be {gain}: --config.model.compute_dtype=bfloat16"
     if not report.steps:
         yield f"steps: {report.steps_source}"
         return

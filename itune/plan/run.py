@@ -113,7 +113,7 @@ def compiled_report(config: Config, where: Slice, facts: Known, table: dict[str,
         across, shown = sum(others.values()), traffic | {f"{kind} of slices": size for kind, size in others.items()}
     report = Report(
         where, _settings(layout), _split(by_formula, needed), where.chip.memory, shown,
-        estimate(layout, where, sum(traffic.values()), across, flops["products"] + flops["attention"]),
+        estimate(layout, where, sum(traffic.values()), across, flops),
         facts.steps, facts.source, _price(table, where), evaluation=evaluation,
         compiled={"seconds": time.perf_counter() - begun, "cpu_seconds": time.process_time() - cpu,
                   "formula_total": by_formula.total, "float32_product_flops": flops["float32"],

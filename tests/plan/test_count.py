@@ -76,10 +76,10 @@ def test_half_of_the_square_is_visible_less_with_a_window():
     assert half == pytest.approx((0.5 + 0.095) / 2, abs=0.001)
 
 
-def float32_products(experts):
+def counts(experts, dtype="bfloat16"):
     kinds = (LayerKind(experts=experts),) * LAYERS
     config = ModelConfig(64, 16, LAYERS, 4, 4, 8, 32, kinds, max_length=32)
-    model = Model(config, "llama", compute_dtype="bfloat16", remat="full")
+    model = Model(config, "llama", compute_dtype=dtype, remat="full")
     objective = make_sft(model, chunk=16)
     rows, weights = (jax.ShapeDtypeStruct((2, TOKENS // 2), dtype) for dtype in (jnp.int32, jnp.float32))
     batch = Batch(rows, rows, weights, rows, rows)
@@ -87,13 +87,19 @@ def float32_products(experts):
     def loss(params, batch):
         return objective(params, {}, batch, None)[0]
 
-    counted = count_flops(jax.make_jaxpr(jax.grad(loss))(model.abstract_params(), batch), turns=4)
-    assert counted["products"] > 10 * counted["float32"] or experts is None
-    return counted["float32"]
+    return count_flops(jax.make_jaxpr(jax.grad(loss))(model.abstract_params(), batch), turns=4)
 
 
 def test_under_bfloat16_only_a_router_multiplies_in_float32():
     """Besides the scores of plain XLA attention, which a CPU computes; the kernels of TPU and GPU do not pass there."""
-    scores = float32_products(None)
+    dense, routed = counts(None), counts(Experts(4, 2, 16))
     router = 2.0 * TOKENS * 16 * 4 * LAYERS  # of four experts, forward
-    assert float32_products(Experts(4, 2, 16)) - scores == 4 * router, "forward, forward again, and twice backward"
+    assert routed["float32"] - dense["float32"] == 4 * router, "forward, forward again, and twice backward"
+    assert routed["products"] > 10 * routed["float32"]
+    assert (dense["exact"], routed["exact"]) == (0, 4 * router), "scores are rounded as bfloat16's"
+
+
+@pytest.mark.parametrize("experts", [None, Experts(4, 2, 16)])
+def test_under_float32_every_product_has_its_precision(experts):
+    counted = counts(experts, "float32")
+    assert counted["exact"] == counted["products"] > 0

@@ -25,7 +25,7 @@ from itune.plan.estimate import estimate, hardware_flops, model_flops, prices
 from itune.plan.inputs import known
 from itune.plan.layout import lay_out
 from itune.plan.memory import formula_memory
-from itune.plan.report import spell
+from itune.plan.report import lines, spell
 from itune.plan.run import formula_report
 from itune.plan.search import candidates, order, overrides, reason, search
 from itune.plan.traffic import across_slices, formula_traffic
@@ -111,6 +111,36 @@ def test_time_follows_the_limits(llama):
     # 6 N tokens and causal attention; the reference count for a 4,096-token row is 48.25 GFLOP a token
     assert model_flops(layout) / (16 * 4096) == pytest.approx(48.25e9, rel=0.002)
     assert 1.2 < free.hardware_flops / free.model_flops < 1.4
+
+
+@pytest.mark.parametrize("topology, peak", [
+    ("v5e:4x4", 197 / 6), ("v5p:2x2x4", 459 / 6), ("v6e:4x4", 920 / 6), ("gpu:h100:16", 67), ("gpu:h200:16", 67),
+    ("gpu:a100:16", 19.5),
+])  # fmt: skip
+def test_float32_compute_takes_the_time_of_float32(llama, topology, peak):
+    where = parse_topology(topology)
+    config = config_8b(llama, model__compute_dtype="float32")
+    slow, fast = (formula_report(c, where, known(c), {}) for c in (config, config_8b(llama)))
+    assert slow.time.hardware_flops == fast.time.hardware_flops
+    assert slow.time.compute == pytest.approx(slow.time.hardware_flops / 16 / (peak * 1e12 * where.chip.efficiency))
+    assert fast.time.compute == pytest.approx(fast.time.hardware_flops / 16 / (where.chip.peak * where.chip.efficiency))
+    said, of_fast = ("\n".join(lines(report)) for report in (slow, fast))
+    assert f"of {peak:.3g} TFLOP/s (float32)" in said and "TFLOP/s (bfloat16)" in of_fast
+    gain = slow.time.step / fast.time.step
+    found = re.search(r"\n  bfloat16 compute would be about (\S+) times as fast: --config.model.compute_dtype=", said)
+    assert float(found[1]) == pytest.approx(gain, rel=0.05) and "times as fast" not in of_fast
+    numbers = slow.to_dict()
+    assert numbers["mfu"] == pytest.approx(fast.to_dict()["mfu"] / gain), "both of the bfloat16 peak, as in a run"
+    assert (numbers["flops"]["peak"], numbers["flops"]["compute_peak"]) == (where.chip.peak, pytest.approx(peak * 1e12))
+
+
+def test_counted_products_take_the_time_of_their_own_precision(llama):
+    """A router's in float32 under bfloat16 compute: as much time as it takes, no more."""
+    layout, where = lay_out(config_8b(llama), 16), parse_topology("v5e:4x4")
+    counted = {"products": 9e15, "attention": 1e15, "exact": 0.0}
+    plain, routed = (estimate(layout, where, 0.0, counted=counted | {"exact": exact}) for exact in (0.0, 1e14))
+    assert plain.bfloat16_gain == 1 and plain.hardware_flops == routed.hardware_flops == 1e16
+    assert routed.compute / plain.compute == pytest.approx(0.99 + 0.01 * 6)
 
 
 def test_candidates_keep_the_global_batch(llama):
