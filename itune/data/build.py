@@ -49,10 +49,18 @@ def build(folder: Path, section: Any, sources: list[Source], eval_sources: list[
         os.rename(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    held = report["held_out"]["report"]
-    apart = f"; held out: {held['rows']:,} rows -> {held['examples']:,} items{_left_out(held)}" if held["rows"] else ""
+    told = f"{_left_out(report)}{_apart(report['held_out'])}"
     log(f"data: {report['rows']:,} rows -> {report['examples']:,} examples, {report['tokens']:,} tokens "
-        f"({report['supervised_tokens']:,} supervised){_left_out(report)}{apart}; {time.monotonic() - started:.1f} s")
+        f"({report['supervised_tokens']:,} supervised){told}; {time.monotonic() - started:.1f} s")
+
+
+def _apart(held_out: Mapping[str, Any]) -> str:
+    held, given, share = held_out["report"], held_out["from_eval_sources"], held_out["share"]
+    if not held["rows"]:
+        return ""
+    both = f" ({given:,} of data.eval + {held['rows'] - given:,} of data.train, data.held_out_share={share:g})"
+    return (f"; held out: {held['rows']:,} rows{both if given and share else ''} -> {held['examples']:,} items"
+            f"{_left_out(held)}")
 
 
 def _left_out(report: Mapping[str, Any]) -> str:

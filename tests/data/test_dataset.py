@@ -129,6 +129,16 @@ def test_evaluation_files_and_questions_inside_longer_conversations(run, write_r
     assert len(dataset.held_out) == 2 and len(dataset.train) == 4
     assert {Path(a).name for a in dataset.report["held_out"]["removed"]} == {"a.jsonl:4", "b.jsonl:1"}
     assert set(dataset.report["sources"]) == {"a", "b"}
+    assert "; held out: 2 rows -> 2 items" in run.log[0]
+
+
+def test_evaluation_files_beside_a_share_held_out_are_said_to_be_two_kinds(run, write_rows):
+    dataset = run(write_rows([qa(i) for i in range(60)]), eval=write_rows([qa(70), qa(71)], "eval.jsonl"),
+                  held_out_share=0.1)  # fmt: skip
+    items = len(dataset.held_out)
+    assert items > 2
+    kinds = f"(2 of data.eval + {items - 2} of data.train, data.held_out_share=0.1)"
+    assert f"held out: {items} rows {kinds} -> {items} items" in run.log[0]
 
 
 def test_too_few_novel_items_and_impossible_splits_fail_closed(run, write_rows):
