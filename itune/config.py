@@ -68,8 +68,8 @@ class OptimizerSection:
     warmup: float = _key(0.0, "steps, or a share of all steps below 1", 0.0)
     weight_decay: float = _key(0.0, "per step and learning rate", 0.0)
     clip_norm: float = _key(1.0, "global gradient norm, 0 is off", 0.0)
-    b1: float = _key(0.9, "decay", 0.0, 1.0)
-    b2: float = _key(0.999, "decay", 0.0, 1.0)
+    b1: float = _key(0.9, "decay", 0.0, 1.0, high_open=True)
+    b2: float = _key(0.999, "decay", 0.0, 1.0, high_open=True)
     eps: float = _key(1e-8, "added to the root", 0.0)
     moment_dtype: Dtype = _key("float32", "dtype")
     second_moment_dtype: Dtype = _key("float32", "dtype")
@@ -368,9 +368,11 @@ def _checked(key: str, value: Any, annotation: Any, meta: Mapping[str, Any]) -> 
     low, high = meta.get("low"), meta.get("high")
     if isinstance(value, int | float) and not isinstance(value, bool):
         too_low = low is not None and (value < low or (meta["low_open"] and value == low))
-        if too_low or (high is not None and value > high) or not math.isfinite(value):
+        too_high = high is not None and (value > high or (meta["high_open"] and value == high))
+        if too_low or too_high or not math.isfinite(value):
             bound = f"{'above' if meta['low_open'] else 'at least'} {low}" if low is not None else ""
-            bound += f"{' and ' if bound else ''}at most {high}" if high is not None else ""
+            most = "below" if meta["high_open"] else "at most"
+            bound += f"{' and ' if bound else ''}{most} {high}" if high is not None else ""
             bound = bound or "a finite number"
             raise InputError(f"config: {key}{unit} must be {bound}, found {value}")
     return value

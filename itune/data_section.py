@@ -6,10 +6,10 @@ import dataclasses
 from typing import Any, Literal
 
 
-def key(default: Any, unit: str = "", low: float | None = None, high: float | None = None, low_open: bool = False
-        ) -> Any:  # fmt: skip
-    """A field with its unit and range; `low_open` excludes the lower end."""
-    meta = {"unit": unit, "low": low, "high": high, "low_open": low_open}
+def key(default: Any, unit: str = "", low: float | None = None, high: float | None = None, low_open: bool = False,
+        high_open: bool = False) -> Any:  # fmt: skip
+    """A field with its unit and range; `low_open` and `high_open` exclude an end."""
+    meta = {"unit": unit, "low": low, "high": high, "low_open": low_open, "high_open": high_open}
     if isinstance(default, dict):
         return dataclasses.field(default_factory=lambda: dict(default), metadata=meta)
     return dataclasses.field(default=default, metadata=meta)
