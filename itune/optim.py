@@ -29,7 +29,8 @@ def learning_rates(section: Any, total_steps: int) -> np.ndarray:
 
     Step k of T with w warm-up steps has k / w of the peak while k < w. Then linear: (T - k) / (T - w); cosine:
     (1 + cos(pi (k - w) / (T - w))) / 2; constant: 1; wsd: 1, and over the last 20 % of T linear to 0. `warmup` below 1
-    is a share of T, rounded up. These are transformers' schedules (`optimization.py`): a warm-up's step 0 has rate 0.
+    is a share of T, rounded up. These are transformers' schedules (`optimization.py`; constant is its
+    `constant_with_warmup`, wsd its `warmup_stable_decay` with a linear decay): a warm-up's step 0 has rate 0.
     """
     warmup = math.ceil(section.warmup * total_steps) if section.warmup < 1 else int(section.warmup)
     k = np.arange(total_steps + 1, dtype=np.float64)

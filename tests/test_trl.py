@@ -191,5 +191,17 @@ def test_the_recipe_has_the_defaults_of_sftconfig():
         (ours.optimizer.clip_norm, theirs.max_grad_norm), (ours.optimizer.b2, theirs.adam_beta2),
         (ours.optimizer.eps, theirs.adam_epsilon), (ours.checkpoint.every, theirs.save_steps),
         (ours.train.remat == "full", theirs.gradient_checkpointing), (ours.log.every, theirs.logging_steps),
+        (ours.checkpoint.keep_every == 1, theirs.save_total_limit is None), (ours.log.wandb, "".join(theirs.report_to)),
     ]  # fmt: skip
     assert all(mine == yours for mine, yours in pairs), pairs
+
+
+def test_numbers_that_the_table_sets_against_each_other_are_equal_in_the_recipe():
+    theirs, ours, compared = trl.SFTConfig(output_dir="x", use_cpu=True, bf16=False), load_config("trl").to_dict(), []
+    for field, said in table().items():
+        named = re.match(r"`([a-z_]+)\.([a-z0-9_]+)`", said)
+        mine, yours = ours[named[1]].get(named[2]) if named else None, getattr(theirs, field)
+        if all(isinstance(number, int | float) for number in (mine, yours)):
+            assert (mine, field) == ({-1: 0}.get(yours, yours), field)  # max_steps: -1 there, 0 here
+            compared.append(field)
+    assert {"per_device_eval_batch_size", "save_steps", "max_length", "max_steps", "ddp_timeout"} < set(compared)
