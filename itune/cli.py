@@ -18,6 +18,7 @@ from itune.storage.cache import local_workdir
 from itune.targets import check_targets
 from itune.types import InputError, RunError
 from itune.usage import build_parser
+from itune.writers import plain
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -91,7 +92,7 @@ def _finish(arguments: argparse.Namespace, result: Any) -> int:
         try:
             Path(arguments.json).parent.mkdir(parents=True, exist_ok=True)
             Path(arguments.json).write_text(
-                by_url(arguments, json.dumps(result, indent=2, default=str)) + "\n")
+                by_url(arguments, json.dumps(result, indent=2, default=plain)) + "\n")
         except OSError as error:
             raise InputError(f"--json {arguments.json}: cannot be written: {error.strerror}") from error
     return 0

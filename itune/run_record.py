@@ -15,7 +15,7 @@ from itune.runtime.crash import crash_path, write_crash
 from itune.runtime.environment import environment
 from itune.runtime.events import EventLog
 from itune.runtime.secrets import redact_tree
-from itune.writers import write_atomically
+from itune.writers import plain, write_atomically
 
 
 class RunRecord:
@@ -38,13 +38,14 @@ class RunRecord:
         if self.process:
             return
         self.write_config()
-        write_atomically(self.workdir / "environment.json", json.dumps(self.environment, indent=1, default=str) + "\n")
+        facts = json.dumps(self.environment, indent=1, default=plain) + "\n"
+        write_atomically(self.workdir / "environment.json", facts)
         dataset.write_record(self.workdir / "data", section)
 
     def write_config(self) -> None:
         """`config.json` alone; the first process writes it."""
         if not self.process:
-            write_atomically(self.workdir / "config.json", json.dumps(self.config, indent=1, default=str) + "\n")
+            write_atomically(self.workdir / "config.json", json.dumps(self.config, indent=1, default=plain) + "\n")
 
     def write_failure(self, error: Exception, step: int, **facts: Any) -> str:
         """Write the crash record; returns where it is, as a message says it."""

@@ -23,6 +23,11 @@ def dump(values: Any) -> str:
     return json.dumps(_finite(values), allow_nan=False)
 
 
+def plain(value: Any) -> Any:
+    """For json's `default`: NumPy's and JAX's numbers and arrays as Python's, all else that JSON lacks as text."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _finite(item) for key, item in value.items()}

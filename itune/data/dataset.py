@@ -17,7 +17,7 @@ from itune.data.tokenizer import Tokenizer
 from itune.storage.cache import cache_folder as user_cache
 from itune.storage.cache import code_digest, locked
 from itune.types import Conversation, RunError
-from itune.writers import write_atomically
+from itune.writers import plain, write_atomically
 
 FINGERPRINTED = (
     "format", "fields", "max_length", "overlong", "train_on", "limit", "source_field", "category_field", "categories",
@@ -51,7 +51,7 @@ class Dataset:
     def write_record(self, folder: Path, section: Any) -> None:
         """Write what is kept of the data: report.html and .json, findings.jsonl, rejects.jsonl, heldout_proof.json."""
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "report.json", json.dumps(self.report, indent=1, default=str) + "\n")
+        write_atomically(folder / "report.json", json.dumps(self.report, indent=1, default=plain) + "\n")
         for name in RECORDS:
             shutil.copyfile(self.folder / name, part := folder / f".{name}.part")
             os.replace(part, folder / name)

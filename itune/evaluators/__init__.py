@@ -26,7 +26,7 @@ import jax
 from itune.config import Config
 from itune.evaluators.paired import comparable, compare
 from itune.types import InputError
-from itune.writers import write_atomically
+from itune.writers import plain, write_atomically
 
 
 def evaluate(
@@ -111,7 +111,7 @@ def write_results(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     short = short_name(name)
-    lines = (json.dumps(item, ensure_ascii=False, default=str) + "\n" for item in items)
+    lines = (json.dumps(item, ensure_ascii=False, default=plain) + "\n" for item in items)
     write_atomically(folder / f"{short}.jsonl", lines)
     _enter(folder / "summary.json", short, summary)
 
@@ -141,4 +141,4 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _enter(path: Path, key: str, value: Any) -> None:
-    write_atomically(path, json.dumps({**read_json(path), key: value}, indent=2, default=str) + "\n")
+    write_atomically(path, json.dumps({**read_json(path), key: value}, indent=2, default=plain) + "\n")

@@ -74,7 +74,8 @@ def _scores(before: Items, after: Items) -> dict[str, Any]:
 def _losses(before: Items, after: Items) -> dict[str, Any]:
     """Nats a supervised token; items with no weight count for nothing."""
     weights = [float(item["weight"]) for item in after]
-    base, tuned = ([item["loss"] * w for item, w in zip(items, weights, strict=True)] for items in (before, after))
+    losses = ([float(item["loss"]) * w for item, w in zip(items, weights, strict=True)] for items in (before, after))
+    base, tuned = losses
     clusters = [item.get("cluster", place) for place, item in enumerate(after)]
     change = [t - b for b, t in zip(base, tuned, strict=True)]
     result: dict[str, Any] = {"n": len(after), "clusters": len(set(clusters))}

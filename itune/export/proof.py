@@ -21,6 +21,7 @@ from itune.models.hf.files import DTYPES, read_json
 from itune.models.hf.plan import leaf_paths, make_plan
 from itune.sharding import rows_divisor
 from itune.types import InputError, Message, RunError
+from itune.writers import plain
 
 TOLERANCE = 1e-5  # the same values in the same program: only a non-deterministic kernel could differ at all
 TEXTS = (
@@ -141,4 +142,4 @@ def write_proof(folder: Path, report: dict[str, Any], info: dict[str, Any]) -> N
     """Write `itune_proof.json`: what was compared, and the SHA-256 of every file of the folder."""
     record = {**report, **info, "tolerance": TOLERANCE, "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     record["sha256"] = file_hashes(folder)
-    (folder / PROOF).write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
+    (folder / PROOF).write_text(json.dumps(record, indent=2, default=plain) + "\n", encoding="utf-8")

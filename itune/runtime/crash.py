@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from itune.runtime.secrets import redact_tree
-from itune.writers import write_atomically
+from itune.writers import plain, write_atomically
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, errno.ENAMETOOLONG)
@@ -56,7 +56,7 @@ def write_crash(workdir: Path, error: BaseException | str, facts: Mapping[str, A
         **facts,
         "traceback": traceback.format_exception(error) if isinstance(error, BaseException) else [],
     }
-    text = json.dumps(redact_tree(record), indent=1, default=str) + "\n"
+    text = json.dumps(redact_tree(record), indent=1, default=plain) + "\n"
     path = crash_path(workdir, process)
     try:
         write_atomically(path, text)

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from itune import evaluators
@@ -65,6 +66,8 @@ def test_losses_are_token_weighted():
     assert found["wins"] == 2 and "detectable" not in found
     assert found["difference_low"] is None or found["difference_low"] <= -0.75
     json.loads(json.dumps(found, allow_nan=False))
+    of_numpy = [{**one, "loss": np.float64(one["loss"])} for one in tuned]  # as the evaluator gives them
+    assert json.loads(json.dumps(compare(base, of_numpy))) == json.loads(json.dumps(found))
 
 
 def test_the_file_beside_the_summary(tmp_path):
@@ -74,6 +77,14 @@ def test_the_file_beside_the_summary(tmp_path):
     assert evaluators.read_json(tmp_path / "9" / "paired.json") == {"generation": json.loads(json.dumps(found))}
     assert evaluators.write_comparison(tmp_path / "none", tmp_path / "9", "generation", TUNED) is None
     assert not comparable([{"address": "a"}]) and not comparable([])
+
+
+def test_numbers_of_numpy_are_numbers_on_disk(tmp_path):
+    numbers = {"count": np.int64(3), "rate": np.float32(0.5), "sure": np.bool_(True), "path": tmp_path}
+    evaluators.write_results(tmp_path, "mine", numbers, [numbers])
+    expected = {"count": 3, "rate": 0.5, "sure": True, "path": str(tmp_path)}
+    assert evaluators.read_json(tmp_path / "summary.json") == {"mine": expected}
+    assert evaluators.read_items(tmp_path / "mine.jsonl") == [expected]
 
 
 def test_no_rate_stands_alone():
