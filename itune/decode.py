@@ -297,7 +297,7 @@ def _rows(model: Model, wanted: int) -> int:
 def _check(model: Model, prompts: Sequence[np.ndarray], max_new_tokens: int, temperature: float, top_p: float) -> None:
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens must be at least 1, found {max_new_tokens}")
-    if temperature < 0 or not 0 < top_p <= 1:
+    if not temperature >= 0 or not 0 < top_p <= 1:
         raise InputError(f"temperature must be at least 0 and top_p in (0, 1], found {temperature} and {top_p}")
     for index, prompt in enumerate(prompts):
         if not 0 < len(prompt) < model.config.max_length:

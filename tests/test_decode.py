@@ -160,6 +160,7 @@ def test_nothing_is_compiled_twice(loaded, prompts):
         (40, {}, "prompt 1 has 40 tokens"),
         (3, {"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
         (3, {"temperature": -1.0}, "temperature must be at least 0"),
+        (3, {"temperature": float("nan")}, "temperature must be at least 0 .*found nan"),
         (3, {"top_p": 0.0}, r"top_p in \(0, 1\]"),
     ],
 )

@@ -147,9 +147,15 @@ def as_conversation(given: Any) -> Conversation:
 
 
 def as_tokenizer(given: Any) -> Tokenizer:
-    """A Tokenizer; one made of a transformers tokenizer is kept with it until its template or vocabulary changes."""
+    """A Tokenizer; one made of a transformers tokenizer is kept with it until its template or vocabulary changes.
+
+    Raises InputError for what is no tokenizer, such as the path of one.
+    """
     if isinstance(given, Tokenizer):
         return given
+    if not hasattr(given, "chat_template"):
+        raise InputError(f"tokenizer: found {type(given).__name__}; expected a transformers fast tokenizer, such as "
+                         "transformers.AutoTokenizer.from_pretrained gives")
     kept = given.__dict__.get("_itune_tokenizer")
     if kept is None or kept.size != len(given) or kept.source != given.chat_template:
         kept = given.__dict__["_itune_tokenizer"] = with_template(given)

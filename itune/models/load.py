@@ -8,14 +8,16 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jax.sharding import Mesh
 
 from itune.models.families import FAMILIES, find_family
 from itune.models.families.common import Fields
-from itune.models.hf.files import find_folder, read_config, read_header, weight_files
+from itune.models.hf.files import DTYPES, find_folder, read_config, read_header, weight_files
 from itune.models.hf.plan import make_plan
 from itune.models.hf.read import read_params
 from itune.models.model import Model
+from itune.models.remat import POLICIES
 from itune.types import InputError
 
 log = logging.getLogger("itune")
@@ -52,8 +54,8 @@ def load_pretrained(
 
     With a mesh each device gets its shard and each host reads only its devices' slices. `vocab_size` is the least
     number of embedding rows: rows that the checkpoint lacks are the mean of its own, and this is logged. Raises
-    InputError for an unsupported family, for weights that do not fit the config (all of them listed), and for a mesh
-    that does not divide a parameter.
+    InputError for an unsupported family or name of a dtype, kernel or policy, for weights that do not fit the config
+    (all of them listed), and for a mesh that does not divide a parameter.
     """
     folder = find_folder(path_or_repo, revision)
     model, file_vocab = _model(folder, mesh, param_dtype, compute_dtype, attention, remat, vocab_size)
@@ -78,6 +80,7 @@ def _model(
     vocab_size: int | None,
 ) -> tuple[Model, int]:
     """The model, and the vocabulary size that its file has."""
+    _check_names(param_dtype, compute_dtype, remat)
     hf = read_config(folder)
     family = find_family(hf, str(folder / "config.json"), lambda: tensors_of(folder))
     try:
@@ -89,6 +92,19 @@ def _model(
     except (ArithmeticError, MemoryError) as error:
         raise InputError(f"{folder / 'config.json'}: its numbers describe no model ({error}); copy it again") from error
     return model, file_vocab
+
+
+def _check_names(param_dtype: Any, compute_dtype: Any, remat: Any) -> None:
+    for name, value in (("param_dtype", param_dtype), ("compute_dtype", compute_dtype)):
+        try:
+            known = np.dtype(value) in DTYPES.values()
+        except TypeError:
+            known = False
+        if not known:
+            expected = ", ".join(dtype.name for dtype in DTYPES.values())
+            raise InputError(f"{name}: found {value!r}; expected one of {expected}")
+    if remat not in ("none", *POLICIES):
+        raise InputError(f"remat: found {remat!r}; expected one of none, {', '.join(POLICIES)}")
 
 
 def tensors_of(folder: Path) -> list[str]:

@@ -222,6 +222,9 @@ def test_refusals_say_why_and_where(make_hf, chat):
     assert "no proof" in refused(loop % "{{ m.content[:3] }}")
     assert "empty assistant turn" in refused(loop % "{{ m.content }}", chat("q", " "))
     assert "longer than" in refused("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}")
+    for nothing in ("models/tiny", None):
+        with pytest.raises(InputError, match=rf"^tokenizer: found {type(nothing).__name__}; expected a transf"):
+            render(chat("q", "a"), nothing)
     with pytest.raises(InputError, match="no message stands before"):
         render_prompt(chat("q", "a")[1:], make_hf(template=loop % "{{ m.content }}"))
 

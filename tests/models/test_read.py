@@ -158,6 +158,18 @@ def test_vocabulary_grows_with_the_mean_of_its_rows(wide, tmp_path, shape, caplo
     )  # a size below the file's keeps the file's
 
 
+@pytest.mark.parametrize(("name", "value", "message"), [
+    ("param_dtype", "nope", "param_dtype: found 'nope'; expected one of float32, bfloat16, float16"),
+    ("compute_dtype", "int32", "compute_dtype: found 'int32'; expected one of float32"),
+    ("compute_dtype", "float8", "compute_dtype: found 'float8'; expected"),
+    ("remat", "some", "remat: found 'some'; expected one of none, full, dots"),
+    ("attention", "flash", "model.attention: 'flash' is unknown; choose"),
+])  # fmt: skip
+def test_a_name_that_is_none_is_one_clear_error(base_folder, name, value, message):
+    with pytest.raises(InputError, match=message):
+        itune.models.load_pretrained(base_folder, **{name: value})
+
+
 def test_offline_hub_is_one_clear_error():
     with pytest.raises(InputError) as error:  # HF_HUB_OFFLINE is set for the tests
         itune.models.load_model("org/not-here", revision="v1")
