@@ -119,7 +119,7 @@ def build_parser(version: str) -> Parser:
     sub.add_argument("--source", metavar="NAME", help="examples of this source only")
     sub.add_argument("--limit", type=int, default=3, metavar="N", help="how many examples (default 3)")
     sub.add_argument("--random", type=int, metavar="SEED", help="examples drawn at random with this seed")
-    sub.add_argument("--worst", metavar="SCORES", help="worst first, by the scores.jsonl of itune data score")
+    sub.add_argument("--worst", metavar="SCORES", help="worst first, by the data_scores.jsonl of itune data score")
     _json(sub)
     sub = _verb(actions, "stats", "lengths, drops with reasons, packing efficiency, steps per epoch",
                 f"itune data stats {arguments}")

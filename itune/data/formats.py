@@ -21,13 +21,16 @@ _MOST_WEIGHT = 1e9  # sums of them stay finite in float32
 def detect_format(rows: list[Row], fields: Mapping[str, str] | None = None) -> str:
     """The format that the fields of the first rows show. Raises InputError that lists the fields and the formats."""
     theirs = {ours: (fields or {}).get(ours, ours) for names in SIGNS.values() for ours in names}
-    for name, signs in SIGNS.items():
-        if all(all(theirs[sign] in row.fields for sign in signs) for row in rows):
+    shown = {name: [all(theirs[sign] in row.fields for sign in signs) for row in rows] for name, signs in SIGNS.items()}
+    for name, by_row in shown.items():
+        if all(by_row):
             return name
-    found = ", ".join(sorted(rows[0].fields)) if rows else "no rows"
+    name = max(shown, key=lambda name: sum(shown[name]))  # what most rows show; the first that does not is the odd one
+    odd = rows[shown[name].index(False)]
+    others = f", others of the first {len(rows)} rows those of {name}" if any(shown[name]) else ""
     wanted = "; ".join(f"{name}: {', '.join(signs)}" for name, signs in SIGNS.items())
-    raise InputError(f"{rows[0].address if rows else 'data'}: the row has the fields {found}; expected those of one "
-                     f"format ({wanted}), or set data.format and data.fields")
+    raise InputError(f"{odd.address}: the row has the fields {', '.join(sorted(odd.fields))}{others}; expected those "
+                     f"of one format ({wanted}), or set data.format and data.fields")
 
 
 def check_fields(fields: Mapping[str, str]) -> None:

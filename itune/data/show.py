@@ -67,7 +67,8 @@ def _worst(rows: Iterator[Conversation], scores: str, limit: int) -> list[Conver
     wanted: list[str] = []
     for line, item in read_jsonl(scores):
         if "address" not in item or "suspicion" not in item:
-            raise InputError(f"{scores}:{line}: no address and suspicion; expected scores.jsonl of itune data score")
+            raise InputError(f"{scores}:{line}: no address and suspicion; expected "
+                             "data_scores.jsonl of itune data score")
         wanted.append(item["address"])
     first = dict.fromkeys(wanted[:limit])
     found = {str(row.address): row for row in rows if str(row.address) in first}

@@ -30,6 +30,17 @@ def test_each_shape_is_detected_and_read(name):
     assert conversation.metadata == {"task": "t", "score": 0.5} and conversation.address == AT
 
 
+@pytest.mark.parametrize("odd", [0, 2])
+def test_the_first_row_of_another_format_is_named(odd):
+    rows = [Row(Address("s", "f.jsonl", line), SHAPES["alpaca"]) for line in (1, 2, 3)]
+    rows[odd] = Row(rows[odd].address, {"question": "Q", "answer": "A"})
+    found = rf"^f\.jsonl:{odd + 1}: the row has the fields answer, question"
+    with pytest.raises(InputError, match=rf"{found}, others of the first 3 rows those of alpaca; expected those"):
+        detect_format(rows)
+    with pytest.raises(InputError, match=rf"{found}; expected those"):
+        detect_format([rows[odd]])
+
+
 def test_variants():
     alpaca = read({"instruction": "Add.", "input": "1 2", "output": "3", "system": "Be brief."})
     assert [(m.role, m.content) for m in alpaca.messages] == [
