@@ -109,10 +109,11 @@ def ordinary(backend: Any, added: Mapping[int, Any], template: str) -> set[int]:
 
     sentencepiece calls the latter user-defined; of them one that the template writes is a control token all the same.
     """
-    model = json.loads(backend.to_str())["model"]["vocab"] if any(not each.special for each in added.values()) else {}
-    own = set(model) if isinstance(model, dict) else {piece for piece, _ in model}
-    return {index for index, token in added.items() if not token.special and (
-        not token.content.replace("\u2581", " ").strip() or (token.content in own and token.content not in template))}
+    def is_ordinary(text: str) -> bool:
+        return not text.replace("\u2581", " ").strip() or (
+            backend.model.token_to_id(text) is not None and text not in template)
+
+    return {index for index, token in added.items() if not token.special and is_ordinary(token.content)}
 
 
 def _plain_backend(backend: Any, names: set[str]) -> Any:
