@@ -24,8 +24,8 @@ def check_targets(arguments: argparse.Namespace) -> None:
         if "\0" in path or (os.path.exists(path) and os.path.isdir(path) != folder):
             found = "is no path" if "\0" in path else "is a file" if folder else "is a folder"
             raise InputError(f"--{name} {path!r}: {found}; expected a {'folder' if folder else 'file'} to write")
-        inside = Path(path, "file") if folder else Path(path)
-        above = next(each for each in inside.absolute().parents if os.path.lexists(each))
+        inside = Path(os.path.realpath(path), "file") if folder else Path(path).absolute()
+        above = next(each for each in inside.parents if os.path.lexists(each))
         if not above.is_dir() or not os.access(above, os.W_OK):
             raise InputError(f"--{name} {path}: cannot be written in {above}; expected a place in a folder of yours")
     out, prompts = given.get("out"), getattr(arguments, "prompts", None)

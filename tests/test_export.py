@@ -1,10 +1,14 @@
 """Export: what training left alone stays as it was, what it changed is written, and all of it is proven."""
 
+import argparse
 import contextlib
+import errno
 import hashlib
 import json
+import os
 import shutil
 import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +20,13 @@ from safetensors import safe_open
 import itune
 from itune import export
 from itune.checkpoint import Store
+from itune.config import from_dict
 from itune.data.render import as_tokenizer
 from itune.data.templates import CHATML, load_tokenizer
 from itune.export import check_target, export_pretrained, proof
 from itune.export.hashes import verify_folder
 from itune.models import load_pretrained, save_pretrained
+from itune.targets import check_targets
 from itune.types import InputError, RunError
 
 
@@ -212,16 +218,81 @@ def test_only_an_export_is_replaced(source, tuned, tmp_path):
     with pytest.raises(InputError, match="is the model that training started from"):
         export_pretrained(source, model, params, source, tokenizer)
     with pytest.raises(InputError, match="is a file"):
-        check_target(tmp_path / "mine" / "thesis.tex", None)
+        check_target(tmp_path / "mine" / "thesis.tex", {})
     for dtype, files in (("float32", {"float32"}), ("bfloat16", {"bfloat16"})):
         export_pretrained(tmp_path / "out", model, params, source, tokenizer, dtype)
         assert set(json.loads((tmp_path / "out" / "itune_proof.json").read_text())["dtypes"]) == files
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "out"]
 
 
+@pytest.mark.parametrize("verb", [export.export_run, export.export_adapter])
+def test_what_an_export_reads_is_never_replaced(source, tmp_path, monkeypatch, verb):
+    """A run of an exported model, whose `model.path` is relative to where it was started."""
+    base = shutil.copytree(source, tmp_path / "base")
+    (base / "itune_proof.json").write_text("{}")
+    tree = {"model": {"path": "base"}, "lora": {"rank": 2}}
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for run in (tmp_path / "run", base / "run"):
+        (run / "checkpoints").mkdir(parents=True)
+        (run / "config.json").write_text(json.dumps(from_dict(tree).to_dict()))
+        (run / "environment.json").write_text(json.dumps({"folder": str(tmp_path)}))
+    (tmp_path / "link").symlink_to("base")
+    for out in ("base", "link"):
+        with pytest.raises(InputError, match=rf"{out}: is the model that training started from; choose another"):
+            verb(tmp_path / "run", tmp_path / out)
+    with pytest.raises(InputError, match="base: holds the run; choose another"):
+        verb(base / "run", base)
+    assert (base / "model.safetensors").is_file()
+
+
+def test_a_place_that_cannot_be_replaced_is_refused_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "loop").symlink_to("loop")
+    monkeypatch.chdir(tmp_path / "empty")
+    for out in (".", tmp_path / "empty"):
+        with pytest.raises(InputError, match=r"is the current folder, or around it; choose a new folder in it"):
+            check_target(Path(out), {})
+    for out, message in {"n" * 250: "a name of 250 bytes; expected at most 220", "loop": "loop: cannot be written",
+                         "a/" * 2500: "cannot be written: File name too long"}.items():
+        with pytest.raises(InputError, match=message):
+            check_target(tmp_path / out, {})
+    check_target(tmp_path / ("n" * 220), {})
+    monkeypatch.setattr(os.path, "ismount", lambda path: str(path) == str(tmp_path / "disk"))
+    (tmp_path / "disk").mkdir()
+    with pytest.raises(InputError, match="disk: is a mount point, which nothing can take the place of"):
+        check_target(tmp_path / "disk", {})
+
+
+@pytest.mark.parametrize("target", ["nothing", "empty", "export"])
+def test_a_link_stays_and_what_it_leads_to_is_written(source, tmp_path, target):
+    model, params = load_pretrained(source)
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real/out")
+    if target != "nothing":
+        (tmp_path / "real" / "out").mkdir()
+    if target == "export":
+        (tmp_path / "real" / "out" / "itune_proof.json").write_text("{}")
+    check_targets(argparse.Namespace(verb="export", out=str(tmp_path / "link")))
+    report = export_pretrained(tmp_path / "link", model, params, source)
+    assert report.folder == str(tmp_path / "link") and (tmp_path / "link").is_symlink()
+    assert verify_folder(tmp_path / "real" / "out") == []
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_dir()) == ["link", "out", "real"]
+
+
+def test_a_failure_names_the_folder_that_was_asked_for(source, tuned, tmp_path, monkeypatch):
+    def full(file, tensors):
+        raise OSError(errno.ENOENT, "gone", str(file))
+
+    for name in ("itune.export.prove_tensors", "itune.models.hf.write._write_shard"):
+        with monkeypatch.context() as patch, pytest.raises(RunError, match="gone") as caught:
+            patch.setattr(name, full)
+            export_pretrained(tmp_path / "out", *tuned[:2], source, tuned[2])
+        assert str(tmp_path / "out") in str(caught.value) and "exporting" not in str(caught.value)
+
+
 def test_a_run_is_exported(source, tuned, tmp_path, monkeypatch):
     import itune.saved_run
-    from itune.config import from_dict
 
     model, params, tokenizer = tuned
     config = from_dict({"model": {"path": str(source)}, "mesh": {"fsdp": 2, "tensor": 2}})

@@ -14,11 +14,12 @@ EXPORTS = """
 import json, os, signal, sys
 import transformers.tokenization_utils_tokenizers
 from itune import export
+from itune.export import target
 from itune.data.templates import load_tokenizer
 from itune.models import load_pretrained
 from itune.models.hf import write
 
-modules = {"write": write, "export": export, "os": os}
+modules = {"write": write, "export": export, "target": target, "os": os}
 
 def run(source, out, module, name, count):
     real, calls = getattr(modules[module], name), []
@@ -48,11 +49,11 @@ POINTS = [
     ("new", "write", "_sync", 2),  # the second shard is written
     ("new", "export", "write_companions", 1),  # weights and config stand, tokenizer and proof do not
     ("new", "export", "write_proof", 1),
-    ("new", "export", "_replace", 1),  # all stands, but not under its name
-    ("old", "export", "_replace", NEVER),
+    ("new", "target", "_replace", 1),  # all stands, but not under its name
+    ("old", "target", "_replace", NEVER),
     ("old", "os", "replace", "/.old.replaced"),  # the earlier export is about to step aside
     ("old", "os", "replace", "/old"),  # it has, and the new one has not come
-    ("new", "export", "_replace", NEVER),
+    ("new", "target", "_replace", NEVER),
 ]
 
 
@@ -75,14 +76,14 @@ def test_a_killed_export_leaves_nothing_that_looks_complete(base_folder, tmp_pat
 
 
 def test_the_next_export_puts_an_interrupted_one_back(base_folder, tmp_path):
-    from itune.export import _staged
+    from itune.export.target import staged
     from itune.types import RunError
 
     for name in (".out.replaced", ".out.exporting"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "itune_proof.json").write_text(name)
     try:
-        with _staged(tmp_path / "out"):
+        with staged(tmp_path / "out"):
             raise RunError("the next one fails too")
     except RunError:
         pass

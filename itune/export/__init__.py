@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import glob
 import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from itune.config import load_config
 from itune.export.check import check_with
 from itune.export.companions import write_companions, write_tokenizer
 from itune.export.hashes import PROOF, prove_tensors
 from itune.export.proof import probe_tokens, prove_tokenizer, prove_weights, write_proof
 from itune.export.record import commit_of, run_record
+from itune.export.target import barrier, check_target, staged
 from itune.models import Model, forward, load_model, save_pretrained
 from itune.models.hf.files import find_folder
 from itune.models.peft import read_adapter, write_adapter
 from itune.runtime import distributed
+from itune.start_run import run_config
 from itune.types import InputError, RunError
 
 
@@ -78,14 +76,14 @@ def export_pretrained(
     (InputError). Raises RunError when the proof fails or the disk does. On several hosts all must call this.
     """
     folder, origin = Path(folder), find_folder(source, revision)
-    check_target(folder, origin)
-    with _staged(folder) as staging:
+    check_target(folder, {"the model that training started from": origin})
+    with staged(folder) as staging:
         written = save_pretrained(
             staging, model, params, source=source, revision=revision, dtype=dtype, max_shard_bytes=max_shard_bytes
         )
         if jax.process_index() == 0:
             write_companions(staging, origin, tokenizer)
-        _barrier("export written")
+        barrier("export written")
         weights = prove_weights(staging, model, params)
         report = ExportReport(
             folder=str(folder), source=str(source), tokenizer=prove_tokenizer(staging, tokenizer), **weights
@@ -113,7 +111,7 @@ def export_run(
     """Export a run's checkpoint (the newest, or that of `step`); says what was written and proven. See above."""
     from itune.saved_run import load_run
 
-    check_target(Path(out), None)
+    check_target(Path(out), _needed(Path(workdir)))
     run = load_run(workdir, step, log=log)
     section = run.config.model
     model, params, info = run.model, run.params, {"workdir": str(workdir), "step": run.step}
@@ -160,9 +158,8 @@ def export_adapter(
     from itune.saved_run import load_run
 
     folder = Path(out)
-    check_target(folder, None)
-    config = load_config(Path(workdir) / "config.json") if (Path(workdir) / "config.json").is_file() else None
-    if config is not None and not config.lora.rank:
+    check_target(folder, _needed(Path(workdir)))
+    if (Path(workdir) / "config.json").is_file() and not run_config(Path(workdir)).lora.rank:
         raise InputError(f"{workdir}: this run tuned without LoRA, there is no adapter; export it without --adapter")
     run = load_run(workdir, step, log=log)
     section, lora, adapters = run.config.model, run.tuning.lora, run.halves[0]
@@ -173,9 +170,9 @@ def export_adapter(
                f"its tokenizer has {run.model.config.vocab_size} tokens, {section.path} has {rows} embedding rows")
         raise InputError(f"{workdir}: peft cannot use its adapters alone: {why}; export it merged, without --adapter")
     base = str(Path(section.path).absolute()) if Path(section.path).is_dir() else section.path
-    with _staged(folder) as staging:
+    with staged(folder) as staging:
         size = write_adapter(staging, run.model, lora, adapters, base)
-        _barrier("adapter written")
+        barrier("adapter written")
         read = read_adapter(staging, run.model, lora)
         wrong = [leaf.shape for leaf, again in zip(*map(jax.tree.leaves, (adapters, read)), strict=True)
                  if not bool(jnp.array_equal(leaf, again))]
@@ -191,53 +188,9 @@ def export_adapter(
     return report
 
 
-def check_target(folder: Path, origin: Path | None) -> None:
-    """Raise InputError unless the folder may be written: it is new, empty, or an earlier export."""
-    if origin is not None and folder.exists() and folder.resolve() == origin.resolve():
-        raise InputError(f"{folder}: is the model that training started from; choose another folder")
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder}: is a file; expected a folder to write")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / PROOF).is_file():
-        found = ", ".join(sorted(p.name for p in folder.iterdir())[:4])
-        raise InputError(f"{folder}: is not empty and no earlier export (it has {found}); choose a new folder")
-
-
-@contextlib.contextmanager
-def _staged(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder` that takes its place when all went well, and is removed otherwise."""
-    first = jax.process_index() == 0
-    staging, aside = folder.parent / f".{folder.name}.exporting", folder.parent / f".{folder.name}.replaced"
-    if first:
-        partial = folder.parent.glob(f".{glob.escape(staging.name)}.*.partial")
-        for left in (staging, *partial):  # of exports that were killed
-            shutil.rmtree(left, ignore_errors=True)
-        if (aside / PROOF).is_file() and not folder.exists():  # killed between the two renames of _replace
-            os.replace(aside, folder)
-    try:
-        yield staging
-        if first:
-            _replace(staging, folder)
-    except OSError as error:
-        raise RunError(f"{folder}: could not be written: {error}") from error
-    finally:
-        if first:
-            shutil.rmtree(staging, ignore_errors=True)
-    _barrier("export done")
-
-
-def _replace(staging: Path, folder: Path) -> None:
-    if folder.is_dir() and any(folder.iterdir()):
-        aside = folder.parent / f".{folder.name}.replaced"
-        shutil.rmtree(aside, ignore_errors=True)
-        os.replace(folder, aside)
-        os.replace(staging, folder)
-        shutil.rmtree(aside)
-    else:
-        os.replace(staging, folder)
-
-
-def _barrier(name: str) -> None:
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(name)
+def _needed(workdir: Path) -> dict[str, Path]:
+    """The folders that an export of this run reads, by what a message calls them."""
+    needed = {"the run": workdir}
+    if (workdir / "config.json").is_file():
+        needed["the model that training started from"] = Path(run_config(workdir).model.path)
+    return needed

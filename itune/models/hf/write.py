@@ -236,14 +236,17 @@ def _whole(folder: Path) -> Iterator[Path | None]:
         os.replace(staging, folder)
         _sync_folder(folder.parent)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(folder.parent).free
-            raise RunError(
-                f"{folder}: the disk is full ({free} bytes free); free some space or choose another folder"
-            ) from error
-        raise RunError(f"{folder}: could not be written: {error}") from error
+        raise disk_error(folder, error) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def disk_error(folder: Path, error: OSError) -> RunError:
+    """What a folder that could not be written ends with."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = shutil.disk_usage(folder.parent).free
+        return RunError(f"{folder}: the disk is full ({free} bytes free); free some space or choose another folder")
+    return RunError(f"{folder}: could not be written: {error}")
 
 
 def _sync_folder(folder: Path) -> None:
