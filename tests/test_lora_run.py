@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import resource
 import shutil
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from itune.chat import load_speaker
 from itune.checkpoint import Store
 from itune.cli import main
 from itune.config import from_dict
+from itune.models.peft import write_adapter
 from itune.saved_run import load_run
 from itune.setup_run import make_tuning
 from itune.types import InputError
@@ -135,6 +137,22 @@ def test_peft_and_transformers_say_what_the_run_says(inputs, run, tmp_path):
         assert answers[0] == answers[1] == ours.tolist()
         changed += answers[2] != answers[0]
     assert changed, "the adapter changes what the model says"
+
+
+def test_a_disk_that_takes_no_adapter_is_one_line(run, tmp_path, capsys, monkeypatch):
+    def limited(*given):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, before[1]))
+        try:
+            return write_adapter(*given)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    monkeypatch.setattr("itune.export.write_adapter", limited)
+    assert main(["export", "--workdir", str(run), "--out", str(tmp_path / "adapter"), "--adapter"]) == 1
+    said = capsys.readouterr().err.strip().splitlines()
+    assert said[-1].endswith(f"{tmp_path / 'adapter'}: could not be written: [Errno 27] File too large"), said
+    assert "Traceback" not in "".join(said) and not list(tmp_path.iterdir())
 
 
 def test_the_adapter_of_peft_goes_on(inputs, run, tmp_path):

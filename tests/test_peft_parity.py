@@ -176,6 +176,8 @@ def flat(adapters):
         ({"r": 8}, r"lora.rank is 3 here and 8 there; to continue this adapter set --config.lora.rank=8"),
         ({"use_dora": True}, "use_dora=True is not supported"),
         ({"rank_pattern": {"q_proj": 4}}, "rank_pattern={'q_proj': 4} is not supported"),
+        *[({"init_lora_weights": start}, f"init_lora_weights is '{start}': this adapter belongs to a base")
+          for start in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga")],
         ({"peft_type": "IA3"}, "peft_type is 'IA3'; expected 'LORA'"),
     ],
 )
@@ -194,3 +196,56 @@ def test_adapters_that_do_not_fit_are_refused(root, tmp_path, change, message):
         read_adapter(tmp_path, model, lora)
     with pytest.raises(InputError, match=r"has no adapter_config.json; expected an adapter folder of peft"):
         read_adapter(folder, model, lora)
+
+
+def test_adapters_that_leave_the_base_alone_are_read_and_the_others_would_not_be_what_peft_computes(root, tmp_path):
+    import peft
+
+    folder, _ = base("gemma2", root)
+    model, params = load_pretrained(folder)
+    lora = Lora(4, 5.0, "q_proj")
+    for start in (True, "gaussian", "orthogonal", "mica", "pissa", "olora"):
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").float()
+        settings = peft.LoraConfig(r=4, lora_alpha=5, target_modules=["q_proj"], init_lora_weights=start)
+        peft.get_peft_model(theirs, settings).save_pretrained(tmp_path / str(start))
+        with torch.no_grad():
+            wanted = opened_by_peft(folder, tmp_path / str(start))(torch.tensor(tokens())).logits.numpy()
+        if start in ("pissa", "olora"):  # taken for a plain one
+            config = json.loads((tmp_path / start / "adapter_config.json").read_text())
+            (tmp_path / start / "adapter_config.json").write_text(json.dumps(config | {"init_lora_weights": True}))
+        ours = forward(model, lora.parameters(read_adapter(tmp_path / str(start), model, lora), params), tokens())
+        assert (np.abs(np.asarray(ours) - wanted).max() < 1e-4) == (start not in ("pissa", "olora")), start
+
+
+def test_adapters_that_peft_would_leave_out_are_not_written(root, tmp_path):
+    """A dense MLP in a model with experts has the experts' names, and those of experts in one tensor have none."""
+    moe = transformers.Qwen3MoeConfig(**SIZES, **MOE, mlp_only_layers=[1])
+    packed = transformers.GptOssConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)
+    for name, config, targets, message in (
+        ("dense", moe, "mlp/(gate|up|down)_proj", "adapters on dense MLPs .* which peft cannot hold apart; export"),
+        ("both", moe, r".*_proj", r"adapters on dense MLPs"),
+        ("packed", packed, r".*_proj", r"^lora.targets: a folder of peft cannot hold adapters of .*mlp/experts/"),
+    ):
+        if not (root / name).exists():
+            transformers.AutoModelForCausalLM.from_config(config).save_pretrained(root / name)
+        model, _ = load_pretrained(root / name)
+        lora = Lora(2, 4.0, targets)
+        with pytest.raises(InputError, match=message):
+            write_adapter(tmp_path, model, lora, random_adapters(model, lora), "base")
+    held = Lora(2, 4.0, "attention/.*")
+    write_adapter(tmp_path, model, held, random_adapters(model, held), "base")
+    with pytest.raises(InputError, match="cannot hold adapters of"):
+        read_adapter(tmp_path, model, lora)
+
+
+def test_the_folder_names_the_revision_and_its_files_are_as_readable_as_any(root, tmp_path):
+    import peft
+
+    folder, _ = base("gemma2", root)
+    model, _ = load_pretrained(folder)
+    lora = Lora(2, 4.0, "q_proj")
+    write_adapter(tmp_path, model, lora, random_adapters(model, lora), "me/base", "0123abcd")
+    found = peft.PeftConfig.from_pretrained(tmp_path)
+    assert (found.base_model_name_or_path, found.revision) == ("me/base", "0123abcd")
+    modes = {path.name: path.stat().st_mode for path in tmp_path.iterdir()}
+    assert modes["adapter_model.safetensors"] == modes["adapter_config.json"]

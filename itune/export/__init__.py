@@ -6,7 +6,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,10 @@ from itune.export.record import commit_of, run_record
 from itune.export.target import barrier, check_target, staged
 from itune.models import Model, forward, load_model, save_pretrained
 from itune.models.hf.files import find_folder
-from itune.models.peft import read_adapter, write_adapter
+from itune.models.lora import Lora
+from itune.models.peft import check_exportable, read_adapter, write_adapter
 from itune.runtime import distributed
+from itune.setup_run import make_tuning
 from itune.start_run import run_config
 from itune.types import InputError, RunError
 
@@ -152,15 +154,19 @@ def export_adapter(
 ) -> dict[str, Any]:
     """Export a LoRA run's adapters as a folder of peft, with the run's tokenizer, proven by reading it again.
 
-    Raises InputError for a run without adapters, and where they belong to no model that peft could load: to the
-    parameters of another run, or to an embedding that grew for added tokens.
+    Raises InputError for a run without adapters, for adapters that peft cannot hold, and where they belong to no model
+    that it could load: to the parameters of another run, or to an embedding that grew for added tokens.
     """
     from itune.saved_run import load_run
 
     folder = Path(out)
     check_target(folder, _needed(Path(workdir)))
-    if (Path(workdir) / "config.json").is_file() and not run_config(Path(workdir)).lora.rank:
-        raise InputError(f"{workdir}: this run tuned without LoRA, there is no adapter; export it without --adapter")
+    if (Path(workdir) / "config.json").is_file():
+        config = run_config(Path(workdir))
+        if not config.lora.rank:
+            raise InputError(f"{workdir}: this run tuned without LoRA, there is no adapter; export it without --adapter")
+        base_model = load_model(config.model.path, revision=config.model.revision or None)
+        check_exportable(base_model, cast(Lora, make_tuning(config, base_model).lora))
     run = load_run(workdir, step, log=log)
     section, lora, adapters = run.config.model, run.tuning.lora, run.halves[0]
     origin = find_folder(section.path, section.revision or None, weights=False)
@@ -169,16 +175,19 @@ def export_adapter(
         why = (f"they stand beside the parameters of {run.config.train.init_from}" if run.config.train.init_from else
                f"its tokenizer has {run.model.config.vocab_size} tokens, {section.path} has {rows} embedding rows")
         raise InputError(f"{workdir}: peft cannot use its adapters alone: {why}; export it merged, without --adapter")
-    base = str(Path(section.path).absolute()) if Path(section.path).is_dir() else section.path
+    base, revision = section.path, commit_of(origin, section.revision or None)
+    if Path(section.path).is_dir():
+        base, revision = str(Path(section.path).absolute()), None
     with staged(folder) as staging:
-        size = write_adapter(staging, run.model, lora, adapters, base)
+        size = write_adapter(staging, run.model, lora, adapters, base, revision)
         barrier("adapter written")
         read = read_adapter(staging, run.model, lora)
         wrong = [leaf.shape for leaf, again in zip(*map(jax.tree.leaves, (adapters, read)), strict=True)
                  if not bool(jnp.array_equal(leaf, again))]
         if wrong:
             raise RunError(f"{folder}: {len(wrong)} adapter tensors read back with other values")
-        report = {"folder": str(folder), "source": base, "step": run.step, "workdir": str(workdir), "bytes": size,
+        report = {"folder": str(folder), "source": base, "revision": revision, "step": run.step,
+                  "workdir": str(workdir), "bytes": size,
                   "parameters": sum(leaf.size for leaf in jax.tree.leaves(adapters))}
         if jax.process_index() == 0:
             write_tokenizer(staging, origin, run.tokenizer)

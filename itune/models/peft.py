@@ -14,10 +14,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from itune.models.hf.files import DTYPES, Tensor, read_header, read_json
-from itune.models.hf.plan import stack_shape, tensor_names
+from itune.models.hf.plan import part_of, stack_shape, tensor_names
 from itune.models.hf.read import read_slice
 from itune.models.lora import Lora, abstract_adapters, adapter_shardings, targets
 from itune.models.model import Model
@@ -33,20 +33,30 @@ OTHER_KINDS = (
     "use_dora", "lora_bias", "fan_in_fan_out", "modules_to_save", "layers_to_transform", "alora_invocation_tokens",
     "target_parameters", "trainable_token_indices",
 )  # fmt: skip
+# how adapters may have begun: none of these touches the base, as pissa, olora, corda, loftq and lora_ga do
+PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
-def write_adapter(folder: str | os.PathLike, model: Model, lora: Lora, adapters: Any, base: str) -> int:
+def check_exportable(model: Model, lora: Lora) -> None:
+    """Raise InputError where peft could not use these adapters."""
+    dense = [path for path in _modules(model, lora) if "mlp" in path and "experts" not in path]
+    if dense and any(kind.experts is not None for kind in model.config.kinds):
+        raise InputError(
+            f"export: this model has adapters on dense MLPs ({'/'.join(dense[0])}) and has experts elsewhere, which "
+            "peft cannot hold apart; export it merged (without --adapter)"
+        )
+
+
+def write_adapter(
+    folder: str | os.PathLike, model: Model, lora: Lora, adapters: Any, base: str, revision: str | None = None
+) -> int:
     """Write adapters as a peft folder; returns the bytes of its tensors. `base`: the model that they belong to.
 
-    On several hosts all must call this; the first one writes.
+    On several hosts all must call this; the first one writes. Raises InputError as `check_exportable` does.
     """
+    check_exportable(model, lora)
     modules = _modules(model, lora)
     names = {_short(name) for leaf in modules.values() for name in leaf}
-    if len({short.rpartition(".")[2] for short in names}) < len(names):
-        raise InputError(
-            "export: this model has adapters on dense MLPs and on experts, which peft cannot hold apart; export it "
-            "merged (without --adapter)"
-        )
     tensors: dict[str, np.ndarray] = {}
     for path, leaf_names in modules.items():
         adapter = functools.reduce(lambda node, name: node[name], path, adapters)
@@ -57,8 +67,8 @@ def write_adapter(folder: str | os.PathLike, model: Model, lora: Lora, adapters:
                 tensors[f"{PREFIX}{name}.{theirs}.weight"] = np.ascontiguousarray(value)
     if jax.process_index() == 0:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        save_file(tensors, Path(folder) / WEIGHTS, metadata={"format": "pt"})
-        text = json.dumps(_config(lora, sorted(names), base), indent=2) + "\n"
+        (Path(folder) / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
+        text = json.dumps(_config(lora, sorted(names), base, revision), indent=2) + "\n"
         (Path(folder) / CONFIG).write_text(text, encoding="utf-8")
     return sum(value.nbytes for value in tensors.values())
 
@@ -101,12 +111,19 @@ def read_adapter(folder: str | os.PathLike, model: Model, lora: Lora) -> Any:
 
 
 def _modules(model: Model, lora: Lora) -> dict[tuple[str, ...], list[str]]:
-    """Path of each adapted projection -> names of its modules in the checkpoint, of every layer and expert."""
+    """Path of each adapted projection -> names of its modules in the checkpoint, of every layer and expert.
+
+    Raises InputError where the checkpoint has no module for one: experts that it stores in one tensor.
+    """
+    paths = {path: "/".join((*path, "kernel")) for path in targets(model, lora)}
+    if packed := [path for path, kernel in paths.items() if part_of(model, kernel).transposed]:
+        raise InputError(
+            f"lora.targets: a folder of peft cannot hold adapters of {'/'.join(packed[0])}: {model.family} has all "
+            "experts of a layer in one tensor; expected e.g. attention/.*, or export such a run merged (without "
+            "--adapter)"
+        )
     names = tensor_names(model)
-    return {
-        path: [name.removesuffix(".weight") for name in names["/".join((*path, "kernel"))]]
-        for path in targets(model, lora)
-    }
+    return {path: [name.removesuffix(".weight") for name in names[kernel]] for path, kernel in paths.items()}
 
 
 def _wanted(model: Model, lora: Lora) -> dict[str, tuple[int, ...]]:
@@ -128,10 +145,11 @@ def _short(module: str) -> str:
     return ".".join(parts[last + 1 :])
 
 
-def _config(lora: Lora, modules: list[str], base: str) -> dict[str, Any]:
+def _config(lora: Lora, modules: list[str], base: str, revision: str | None) -> dict[str, Any]:
     alpha = int(lora.alpha) if lora.alpha.is_integer() else lora.alpha
     return {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "revision": revision,
+        "inference_mode": True,
         "r": lora.rank, "lora_alpha": alpha, "lora_dropout": lora.dropout, "use_rslora": lora.rslora,
         "target_modules": modules, "bias": "none", "fan_in_fan_out": False, "init_lora_weights": True,
         "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None, "layers_to_transform": None,
@@ -148,6 +166,13 @@ def _check_config(file: Path, config: dict[str, Any], lora: Lora) -> None:
     if odd:
         raise InputError(f"{file}: {', '.join(f'{key}={config[key]!r}' for key in odd)} is not supported; "
                          "expected one rank and alpha for all, no biases, no further modules")
+    begun = config.get("init_lora_weights", True)
+    if begun not in PLAIN_STARTS:
+        raise InputError(
+            f"{file}: init_lora_weights is {begun!r}: this adapter belongs to a base whose weights peft changes; "
+            f"expected one of {', '.join(map(str, PLAIN_STARTS))}: save it with peft's "
+            "path_initial_model_for_weight_conversion, or save the merged model"
+        )
     theirs = {
         "lora.rank": config.get("r"), "lora.alpha": config.get("lora_alpha"),
         "lora.rslora": bool(config.get("use_rslora", False)),
