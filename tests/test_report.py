@@ -99,6 +99,20 @@ def test_two_runs_are_compared(run, tmp_path):
     assert numbers["config_difference"] == [("optimizer.learning_rate", "0.003", "0.001")]
 
 
+def test_scores_of_other_settings_are_not_compared(run, tmp_path):
+    """Neither base against tuned nor two runs: one line each says why, and no tile calls anything better."""
+    other = make_run(tmp_path / "second")
+    for folder, step, name in ((run, 0, "exact"), (run, 10, "<maths>"), (other, 10, "exact")):
+        path = folder / "eval" / str(step) / "summary.json"
+        summary = json.loads(path.read_text())
+        summary["generation"]["score_by"] = name
+        path.write_text(json.dumps(summary))
+    for page in (write_report(run).read_text(), write_report(run, other).read_text()):
+        assert page.count("Not compared: score is") == 1 and "&lt;maths&gt;" in page
+        assert "points" not in page and '<div class="pair">' not in page
+    assert set(report_numbers(run)["runs"][0]["paired"]["generation"]) == {"n", "refused"}
+
+
 def test_by_command(run, tmp_path, capsys):
     assert main(["report", str(run), "--out", str(tmp_path / "page.html"), "--json", str(tmp_path / "n.json")]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "page.html")

@@ -24,7 +24,7 @@ from typing import Any
 import jax
 
 from itune.config import Config
-from itune.evaluators.paired import comparable, compare
+from itune.evaluators.paired import comparable, compare_judged
 from itune.types import InputError
 from itune.writers import plain, write_atomically
 
@@ -119,12 +119,17 @@ def write_results(
 def write_comparison(
     base_folder: str | os.PathLike, folder: str | os.PathLike, name: str, items: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any] | None:
-    """Enter the paired comparison with the base model's items in `paired.json`; None where nothing can be compared."""
-    base = read_items(Path(base_folder) / f"{short_name(name)}.jsonl")
+    """Enter the paired comparison with the base model's items in `paired.json`; None where nothing can be compared.
+
+    Where the two were judged by different settings, `refused` says by which, and there are no numbers.
+    """
+    short = short_name(name)
+    base = read_items(Path(base_folder) / f"{short}.jsonl")
     if not comparable(items) or not comparable(base):
         return None
-    found = compare(base, items)
-    _enter(Path(folder) / "paired.json", short_name(name), found)
+    summaries = [read_json(Path(place) / "summary.json").get(short, {}) for place in (base_folder, folder)]
+    found = compare_judged(base, items, *summaries)
+    _enter(Path(folder) / "paired.json", short, found)
     return found
 
 

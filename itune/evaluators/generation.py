@@ -49,7 +49,8 @@ class Evaluator:
                        "rouge_l": rouge.score(item, text)}  # fmt: skip
             ended = {"stopped": answer.stopped, "tokens": len(answer.ids), "repetition": repetition(answer.ids)}
             found.append({**item, "answer": text, "score": self._score(item, text), **matches, **ended})
-        summary = {**summarise(found), "score_by": settings.score, "too_long": too_long}
+        summary = {**summarise(found), "score_by": settings.score, "max_new_tokens": settings.max_new_tokens,
+                   "too_long": too_long}  # fmt: skip
         parts = broken_down(found, lambda places: summarise([found[place] for place in places]))
         return {**summary, "baselines": self._baselines(found), **parts}, found
 

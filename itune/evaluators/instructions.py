@@ -86,4 +86,5 @@ class Evaluator:
             return numbers
 
         whole = summarise(list(range(len(items))))
+        whole["max_new_tokens"] = self.config.eval.max_new_tokens
         return {**whole, "too_long": len(asked) - len(items), **broken_down(items, summarise)}, items

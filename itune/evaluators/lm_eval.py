@@ -6,8 +6,10 @@ import contextlib
 import difflib
 import logging
 import os
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from itune.config import Config
 from itune.evaluators import stats
@@ -38,7 +40,9 @@ class Evaluator:
                 raise InputError(f"eval.lm_eval_options: {name!r} is not known; {hint}")
 
     def run(self, model: Any, params: Any, tokenizer: Any, dataset: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """(summary, items): {task: {metric: mean, metric_low, metric_high, n}}, and one item a document and filter.
+        """(summary, items): {task: {metric: mean, metric_low, metric_high, n, score_by}}, and one item a document.
+
+        `score` of an item is one metric of the task, the same for all its documents: `score_by` names it.
 
         An interval is Wilson's where each document scores 0 or 1, a bootstrap over documents for other scores up to 1,
         and 1.96 of the harness's standard errors for the rest, such as perplexities.
@@ -63,9 +67,17 @@ class Evaluator:
                 raise RunError(f"lm_eval: {names}: {type(error).__name__}: {error}") from error
         if found is None:
             raise RunError("lm_eval: the harness returned nothing")
-        items = [item for task in sorted(found["samples"]) for item in _items(task, found["samples"][task])]
         summary = {task: _summary(results, found["samples"].get(task, [])) for task, results in
                    sorted(found["results"].items())}  # fmt: skip
+        items = []
+        for task, samples in sorted(found["samples"].items()):
+            config, higher = found["configs"].get(task, {}), found["higher_is_better"].get(task, {})
+            scores = choose_score(samples, _metrics(config), higher)
+            summary.setdefault(task, {}).update(scores.by)
+            items += _items(task, samples, scores)
+        if "gen_kwargs" in options:
+            for part in summary.values():
+                part["gen_kwargs"] = str(options["gen_kwargs"])
         return summary, items
 
 
@@ -97,17 +109,57 @@ def task_manager(tasks: tuple[str, ...], folder: str) -> Any:
     return manager
 
 
-def _items(task: str, samples: list[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+class Scores(NamedTuple):
+    """What a task's documents are compared by, and {"score_by": that in words}; both empty where nothing serves."""
+
+    metric: str
+    filter: str
+    higher: bool
+    by: dict[str, str]
+
+
+def choose_score(samples: Sequence[Mapping[str, Any]], metrics: Sequence[str], higher: Mapping[str, Any]) -> Scores:
+    """The first of the task's `metrics` that is a number from 0 to 1 in every document, of the task's first filter."""
+    first = samples[0]["filter"] if samples else ""
+    chosen = [sample for sample in samples if sample["filter"] == first]
+    for metric in dict.fromkeys([*metrics, *(chosen[0]["metrics"] if chosen else ())]):
+        if all(_is_number(sample.get(metric)) and 0 <= sample[metric] <= 1 for sample in chosen):
+            better = higher.get(metric) is not False
+            words = metric + (f", filter {first}" if first != "none" else "") + ("" if better else ", 1 - value")
+            return Scores(metric, first, better, {"score_by": words})
+    return Scores("", first, True, {})
+
+
+def _metrics(config: Mapping[str, Any]) -> list[str]:
+    """The names of a task's metrics, as its file orders them."""
+    return [str(entry["metric"]) for entry in config.get("metric_list") or []]
+
+
+def _items(task: str, samples: Sequence[Mapping[str, Any]], scores: Scores) -> Iterator[dict[str, Any]]:
+    """One item a document: its answer and score of the first filter, its metrics of all filters."""
+    filters: dict[Any, list[Mapping[str, Any]]] = {}
     for sample in samples:
-        metrics = {name: sample[name] for name in sample["metrics"] if isinstance(sample.get(name), int | float)}
-        score = next((value for value in metrics.values() if 0 <= value <= 1), None)
-        address = f"{task}:{sample['doc_id']}" + ("" if sample["filter"] == "none" else f" {sample['filter']}")
+        filters.setdefault(sample["doc_id"], []).append(sample)
+    for document, each in filters.items():
+        sample = next((one for one in each if one["filter"] == scores.filter), each[0])
+        metrics = {_named(name, one["filter"]): float(one[name]) for one in each for name in one["metrics"]
+                   if _is_number(one.get(name))}  # fmt: skip
+        value = float(sample[scores.metric]) if scores.metric else 0.0
+        address = f"{task}:{document}"
         yield {
             "address": address, "category": task, "cluster": address, "task": task,
             "prompt": str(next(iter(next(iter(sample["arguments"]))))) if sample["arguments"] else "",
             "reference": str(sample["target"]), "answer": _answer(sample["filtered_resps"]),
-            **({} if score is None else {"score": score}), **metrics,
+            **({"score": value if scores.higher else 1 - value} if scores.metric else {}), **metrics,
         }  # fmt: skip
+
+
+def _named(metric: str, filtered: str) -> str:
+    return metric if filtered == "none" else f"{metric}({filtered})"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | np.number | np.bool_)
 
 
 def _answer(responses: Any) -> Any:
@@ -122,7 +174,7 @@ def _summary(results: Mapping[str, Any], samples: list[Mapping[str, Any]]) -> di
         metric, comma, filtered = key.partition(",")
         if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
             continue
-        name = metric if filtered == "none" else f"{metric}({filtered})"
+        name = _named(metric, filtered)
         of_metric = [sample[metric] for sample in samples if sample["filter"] == filtered and metric in sample]
         scores = [float(score) for score in of_metric if isinstance(score, int | float) and 0 <= score <= 1]
         if scores and len(scores) == len(of_metric) and abs(sum(scores) / len(scores) - value) < 1e-6:

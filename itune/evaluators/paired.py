@@ -10,6 +10,7 @@ from itune.evaluators import stats
 from itune.evaluators.labels import broken_down
 
 Items = Sequence[Mapping[str, Any]]
+SETTINGS = {"score_by": "score", "max_new_tokens": "eval.max_new_tokens", "gen_kwargs": "gen_kwargs"}  # of a summary
 
 
 def compare(base: Items, tuned: Items) -> dict[str, Any]:
@@ -29,6 +30,35 @@ def compare(base: Items, tuned: Items) -> dict[str, Any]:
         return part([before[place] for place in places], [after[place] for place in places])
 
     return {**chosen(range(len(after))), "unmatched": unmatched, **broken_down(after, chosen)}
+
+
+def compare_judged(base: Items, tuned: Items, base_summary: Mapping[str, Any], summary: Mapping[str, Any]
+                   ) -> dict[str, Any]:  # fmt: skip
+    """`compare`, or {"n": 0, "refused": why} where the summaries say that their scores mean different things."""
+    if why := differing(base_summary, summary):
+        return {"n": 0, "refused": why}
+    by = scored_by(summary)
+    return {**compare(base, tuned), **({"score_by": by} if by else {})}
+
+
+def scored_by(summary: Mapping[str, Any]) -> str:
+    """What the scores of a summary are, those of lm_eval by task; "" where it does not say."""
+    tasks = [f"{name}: {part['score_by']}" for name, part in summary.items()
+             if isinstance(part, Mapping) and "score_by" in part]  # fmt: skip
+    return str(summary.get("score_by", "; ".join(tasks)))
+
+
+def differing(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> str:
+    """Why scores of these two summaries of one evaluator mean different things; "" where they can be compared.
+
+    A setting that one of them does not record says nothing.
+    """
+    said = [f"{words} is {base[name]} there and {tuned[name]} here" for name, words in SETTINGS.items()
+            if name in base and name in tuned and base[name] != tuned[name]]  # fmt: skip
+    for name, part in tuned.items():  # the tasks of lm_eval
+        if isinstance(part, Mapping) and isinstance(base.get(name), Mapping) and (why := differing(base[name], part)):
+            said.append(f"{name}: {why}")
+    return "; ".join(said)
 
 
 def comparable(items: Items) -> bool:

@@ -77,7 +77,8 @@ class Evaluator:
             of_kind = [item["refused"] for item in items if item["category"] == kind]
             summary |= named(f"refused_{kind}", stats.interval(of_kind)) | {f"n_{kind}": len(of_kind)}
         summary |= named("score", stats.interval([item["score"] for item in items]))
-        return {**summary, "matcher": matcher_error(), "too_long": len(asked) - len(items)}, items
+        settings = {"max_new_tokens": self.config.eval.max_new_tokens}
+        return {**summary, "matcher": matcher_error(), "too_long": len(asked) - len(items), **settings}, items
 
 
 def declines(answer: str, harmful: bool) -> bool:

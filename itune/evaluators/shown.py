@@ -72,10 +72,13 @@ def breakdown(parts: Mapping[str, Any], prefix: str) -> Iterator[str]:
 
 
 def paired_lines(found: Mapping[str, Any], prefix: str) -> Iterator[str]:
-    """What a paired comparison says, overall and by category."""
+    """What a paired comparison says, overall and by category, or why there is none."""
+    if found.get("refused"):
+        yield f"{prefix}: not compared: {found['refused']}"
     if not found.get("n"):
         return
-    yield f"{prefix}: {paired_line(found)}"
+    by = f" (score: {found['score_by']})" if "score_by" in found else ""
+    yield f"{prefix}{by}: {paired_line(found)}"
     parts = found.get("categories", {})
     if len(parts) > 1:
         yield from (f"{prefix}/{name}: {paired_line(parts[name])}" for name in largest(parts))

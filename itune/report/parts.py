@@ -72,6 +72,8 @@ def _status(run: RunFiles) -> str:
 def _tiles(run: RunFiles) -> str:
     tiles = []
     for name, found in run.paired.items():
+        if "refused" in found:
+            continue
         words = {True: ("better", "worse"), False: ("not shown", "not shown")}[found["sure"]]
         up = found["difference"] > 0 if "detectable" in found else found["difference"] < 0
         share = "detectable" in found
@@ -104,8 +106,11 @@ def _time(seconds: float) -> str:
 def comparisons(found: Mapping[str, Any], one: RunFiles, step: int, two: RunFiles, names: tuple[str, str]) -> str:
     text = ""
     for name, comparison in found.items():
-        by = two.evaluations[two.last].get(name, {}).get("score_by", "")
-        meaning = "score" + (f" by {by}" if by else "")
+        if "refused" in comparison:
+            why = html.escape(comparison["refused"])
+            text += f'<h3>{html.escape(name)}</h3><p class="dim">Not compared: {why}.</p>'
+            continue
+        meaning = "score" + (f" by {comparison['score_by']}" if "score_by" in comparison else "")
         meaning = meaning if "detectable" in comparison else "nats a token, lower is better"
         text += f'<h3>{html.escape(name)} <span class="label">{html.escape(meaning)}</span></h3>'
         text += paired_table(comparison, names)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from itune.evaluators import flatten, read_items, read_json
-from itune.evaluators.paired import comparable, compare
+from itune.evaluators.paired import comparable, compare_judged
 from itune.types import InputError
 from itune.writers import read_metrics
 
@@ -61,10 +61,13 @@ class RunFiles:
 
 
 def pair(one: RunFiles, step: int, other: RunFiles, other_step: int, evaluator: str) -> dict[str, Any]:
-    """The paired comparison of two evaluations; {} where they cannot be compared."""
+    """The paired comparison of two evaluations; `refused` alone says why not; {} where nothing can be compared."""
     base, tuned = one.items(step, evaluator), other.items(other_step, evaluator)
-    found = compare(base, tuned) if comparable(base) and comparable(tuned) else {}
-    return found if found.get("n") else {}
+    if not comparable(base) or not comparable(tuned):
+        return {}
+    summaries = [run.evaluations.get(at, {}).get(evaluator, {}) for run, at in ((one, step), (other, other_step))]
+    found = compare_judged(base, tuned, *summaries)
+    return found if found["n"] or "refused" in found else {}
 
 
 def read_run(workdir: str | os.PathLike) -> RunFiles:

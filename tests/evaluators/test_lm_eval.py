@@ -13,7 +13,7 @@ from itune import evaluators
 from itune.cli import main
 from itune.config import from_dict
 from itune.data.templates import load_tokenizer
-from itune.evaluators.lm_eval import require_lm_eval, task_manager
+from itune.evaluators.lm_eval import _items, choose_score, require_lm_eval, task_manager
 from itune.export import export_pretrained
 from itune.models import load_pretrained
 from itune.sharding import make_mesh
@@ -160,9 +160,37 @@ def test_by_command_without_any_data_of_ones_own(folder, tasks, tmp_path, capsys
     choose = numbers["choose"]
     assert choose["n"] == 5 and choose["acc_low"] <= choose["acc"] <= choose["acc_high"]
     assert numbers["write"]["exact_match_high"] > 0  # none of five right still leaves an upper bound
+    assert (choose["score_by"], numbers["write"]["score_by"]) == ("acc", "exact_match")
     items = evaluators.read_items(out / "lm_eval.jsonl")
     assert len(items) == 10 and {item["task"] for item in items} == {"choose", "write"}
     assert "to" in capsys.readouterr().out
+
+
+def sample(document, filtered, **metrics):
+    return {"doc_id": document, "filter": filtered, "metrics": list(metrics), "arguments": [("p", "c")], "target": 0,
+            "filtered_resps": [filtered], **metrics}  # fmt: skip
+
+
+def test_a_document_is_one_item_by_one_metric_of_the_first_filter():
+    samples = [sample(at, kind, exact_match=float(kind == "flexible"), other=0.5)
+               for kind in ("strict", "flexible") for at in (0, 1)]  # fmt: skip
+    scores = choose_score(samples, ["exact_match"], {"exact_match": True})
+    items = list(_items("gsm8k", samples, scores))
+    assert scores.by == {"score_by": "exact_match, filter strict"}
+    assert [(item["address"], item["cluster"], item["score"], item["answer"]) for item in items] == [
+        ("gsm8k:0", "gsm8k:0", 0.0, "strict"), ("gsm8k:1", "gsm8k:1", 0.0, "strict")]  # fmt: skip
+    assert items[0]["exact_match(strict)"] == 0 and items[0]["exact_match(flexible)"] == 1
+
+
+def test_a_score_is_one_metric_of_all_documents_and_more_is_better():
+    samples = [sample(at, "none", likelihood_diff=diff, pct_stereotype=share)
+               for at, (diff, share) in enumerate([(0.1, 1.0), (0.9, 0.0), (5.0, 0.0), (5.0, 1.0)])]  # fmt: skip
+    metrics = ["likelihood_diff", "pct_stereotype"]
+    scores = choose_score(samples, metrics, dict.fromkeys(metrics, False))
+    assert scores.by == {"score_by": "pct_stereotype, 1 - value"}
+    assert [item["score"] for item in _items("crows", samples, scores)] == [0.0, 1.0, 1.0, 0.0]
+    none = choose_score([sample(0, "none", loss=3.0)], ["loss"], {})
+    assert none.by == {} and "score" not in next(_items("x", [sample(0, "none", loss=3.0)], none))
 
 
 def test_what_is_missing_is_said(tasks, monkeypatch):

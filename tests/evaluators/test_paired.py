@@ -87,6 +87,24 @@ def test_numbers_of_numpy_are_numbers_on_disk(tmp_path):
     assert evaluators.read_items(tmp_path / "mine.jsonl") == [expected]
 
 
+@pytest.mark.parametrize(
+    ("there", "here", "why"),
+    [
+        ({"score_by": "exact"}, {"score_by": "maths"}, "score is exact there and maths here"),
+        ({"max_new_tokens": 64}, {"max_new_tokens": 256}, "eval.max_new_tokens is 64 there and 256 here"),
+        ({"gsm8k": {"score_by": "a"}}, {"gsm8k": {"score_by": "b"}}, "gsm8k: score is a there and b here"),
+    ],
+)
+def test_other_settings_are_not_compared(tmp_path, there, here, why):
+    for step, summary, items in (("0", there, BASE), ("9", here, TUNED)):
+        evaluators.write_results(tmp_path / step, "generation", summary, items)
+    found = evaluators.write_comparison(tmp_path / "0", tmp_path / "9", "generation", TUNED)
+    assert found == evaluators.read_json(tmp_path / "9" / "paired.json")["generation"] == {"n": 0, "refused": why}
+    assert list(shown.paired_lines(found, "paired generation")) == [f"paired generation: not compared: {why}"]
+    evaluators.write_results(tmp_path / "0", "generation", {}, BASE)  # of before settings were recorded
+    assert evaluators.write_comparison(tmp_path / "0", tmp_path / "9", "generation", TUNED)["n"] == 12
+
+
 def test_no_rate_stands_alone():
     summary = {"n": 600, "score": 0.5, "low": 0.4, "high": 0.6, "exact": 0.25, "exact_low": 0.2, "exact_high": 0.3}
     assert shown.brief(summary) == "score 0.5 (0.4 to 0.6), exact 0.25 (0.2 to 0.3), n 600"
