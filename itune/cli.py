@@ -14,6 +14,7 @@ from typing import Any, TextIO, cast
 from itune import __version__
 from itune.at_hand import at_hand, by_url
 from itune.runtime.libtpu import quiet_without_tpu
+from itune.runtime.output import drop_output, make_output_safe
 from itune.storage.cache import local_workdir
 from itune.targets import check_targets
 from itune.types import InputError, RunError
@@ -25,6 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one verb and return the exit code: 0 done, 1 the run failed, 2 the input is wrong, 143 preempted."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    make_output_safe()
     parser = build_parser(__version__)
     given = [_at_home(word) for word in (sys.argv[1:] if argv is None else argv)]
     arguments, rest = parser.parse_known_args(given)
@@ -48,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         print("itune: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output (head, less) has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
         return 0
     except Exception as error:
         import traceback

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TextIO, cast
 
 from itune import flops
+from itune.runtime.output import Output
 
 
 class Progress:
-    """Shows steps, and takes lines of text in between.
+    """Shows steps, and takes lines of text in between. A run outlives its output: what it lacks then is in its files.
 
     Args:
       terminal: a bar (True), plain lines (False), or what standard output is (None).
@@ -19,7 +19,8 @@ class Progress:
     """
 
     def __init__(self, *, terminal: bool | None = None, quiet: bool = False) -> None:
-        self._terminal = (sys.stdout.isatty() if terminal is None else terminal) and not quiet
+        self._output = Output()
+        self._terminal = (self._output.isatty() if terminal is None else terminal) and not quiet
         self._quiet = quiet
         self._bar: Any = None
         self._task: Any = None
@@ -30,12 +31,13 @@ class Progress:
         self.total = total
         self.start_clock(done)
         if self._terminal:
+            from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
             from rich.progress import Progress as Bar
 
             self._bar = Bar(
                 BarColumn(bar_width=10), MofNCompleteColumn(), TextColumn("{task.fields[facts]}"),  # fits 80 columns
-                refresh_per_second=2,
+                refresh_per_second=2, console=Console(file=cast(TextIO, self._output)),
             )
             self._task = self._bar.add_task("train", total=total, completed=done, facts="")
             self._bar.start()
@@ -45,7 +47,7 @@ class Progress:
         if self._bar:
             self._bar.console.print(text, highlight=False, markup=False)
         elif not self._quiet:
-            print(text, flush=True)
+            print(text, file=self._output, flush=True)
 
     def show(self, step: int, values: Mapping[str, Any]) -> None:
         """A logged step: updates the bar, or prints a plain line."""
@@ -54,7 +56,7 @@ class Progress:
             self._bar.update(self._task, completed=step, facts=" ".join(facts))
         elif not self._quiet:
             facts.insert(1, f"lr {values['learning_rate']:.2e}")
-            print("  ".join([f"step {step}/{self.total}", *facts]), flush=True)
+            print("  ".join([f"step {step}/{self.total}", *facts]), file=self._output, flush=True)
 
     def advance(self, step: int) -> None:
         """A step that is not logged moves the bar only."""

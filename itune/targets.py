@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 from itune.storage.bucket import is_url
@@ -17,6 +18,7 @@ def check_targets(arguments: argparse.Namespace) -> None:
 
     A URL is tried by what uploads there.
     """
+    _check_readable(arguments)
     names = ("json", "out", "workdir") if arguments.verb in ("demo", "verify") else ("json", "out")
     given = {name: value for name in names if (value := getattr(arguments, name, None)) and not is_url(value)}
     for name, path in given.items():
@@ -31,3 +33,14 @@ def check_targets(arguments: argparse.Namespace) -> None:
     out, prompts = given.get("out"), getattr(arguments, "prompts", None)
     if out and prompts and os.path.exists(out) and os.path.exists(prompts) and os.path.samefile(out, prompts):
         raise InputError(f"--out {out}: is the file of the prompts; expected another one")
+
+
+def _check_readable(arguments: argparse.Namespace) -> None:
+    """A path whose bytes are no text here could be opened, but not be written into any file of the run."""
+    for name in ("workdir", "out", "json"):
+        path = getattr(arguments, name, None) or ""
+        if any("\ud800" <= letter <= "\udfff" for letter in path):
+            raise InputError(f"--{name} {path!a}: is no text in the encoding of this machine "
+                             f"({sys.getfilesystemencoding()}); set LC_ALL=C.UTF-8, or name another path")
+        if path == "" and getattr(arguments, name, None) is not None:
+            raise InputError(f"--{name} is empty; expected a path")
