@@ -69,7 +69,7 @@ class Evaluator:
             raise RunError("lm_eval: the harness returned nothing")
         summary = {task: _summary(results, found["samples"].get(task, [])) for task, results in
                    sorted(found["results"].items())}  # fmt: skip
-        items = []
+        items: list[dict[str, Any]] = []
         for task, samples in sorted(found["samples"].items()):
             config, higher = found["configs"].get(task, {}), found["higher_is_better"].get(task, {})
             scores = choose_score(samples, _metrics(config), higher)
