@@ -164,7 +164,7 @@ def export_adapter(
     if (Path(workdir) / "config.json").is_file():
         config = run_config(Path(workdir))
         if not config.lora.rank:
-            raise InputError(f"{workdir}: this run tuned without LoRA, it has no adapter; export it without --adapter")
+            raise InputError(f"{workdir}: this run tuned without LoRA and has no adapter; export it without --adapter")
         base_model = load_model(config.model.path, revision=config.model.revision or None)
         check_exportable(base_model, cast(Lora, make_tuning(config, base_model).lora))
     run = load_run(workdir, step, log=log)

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from itune.models.families import FAMILIES, find_family
-from itune.models.families.common import Fields
+from itune.models.families.common import Fields, check_longrope
 from itune.models.hf.files import DTYPES, find_folder, read_config, read_header, weight_files
 from itune.models.hf.plan import make_plan
 from itune.models.hf.read import read_params
@@ -84,7 +84,9 @@ def _model(
     hf = read_config(folder)
     family = find_family(hf, str(folder / "config.json"), lambda: tensors_of(folder))
     try:
-        config = FAMILIES[family].config_from_hf(Fields(hf, str(folder / "config.json")))
+        fields = Fields(hf, str(folder / "config.json"))
+        config = FAMILIES[family].config_from_hf(fields)
+        check_longrope(fields, config)
         file_vocab = config.vocab_size
         config = dataclasses.replace(config, vocab_size=max(file_vocab, vocab_size or 0))
         model = Model(config, family, compute_dtype, param_dtype, attention, remat, mesh)

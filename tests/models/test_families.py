@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import transformers
 
 from itune.models.families import FAMILIES
 from itune.models.families.common import Fields
@@ -51,3 +52,17 @@ def test_qwen3_moe_whose_every_layer_is_dense_is_written_and_read_back():
               "num_attention_heads": 4, "mlp_only_layers": [0, 1]}
     config = module.config_from_hf(Fields(fields, "given"))
     assert module.config_from_hf(Fields(module.config_to_hf(config), "written")) == config
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "qwen3_moe"])
+def test_null_in_a_config_of_qwen_means_what_it_means_in_transformers(family):
+    fields = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8,
+              "num_attention_heads": 4, "num_key_value_heads": 4, "use_sliding_window": True, "max_window_layers": 0}
+    for changes in ({"sliding_window": None}, {"sliding_window": 5}, {}):
+        theirs = transformers.CONFIG_MAPPING[family](**fields, **changes)
+        config = FAMILIES[family].config_from_hf(Fields(fields | changes, "given"))
+        assert {kind.window for kind in config.kinds} == {theirs.sliding_window}
+    if family != "qwen3_moe":  # transformers refuses null there
+        theirs = transformers.CONFIG_MAPPING[family](**fields | {"num_key_value_heads": None})
+        config = FAMILIES[family].config_from_hf(Fields(fields | {"num_key_value_heads": None}, "given"))
+        assert config.num_kv_heads == theirs.num_key_value_heads == 4

@@ -84,12 +84,20 @@ class Fields:
         return Fields(self.get(key, dict, {}), f"{self.where}: {key}")
 
 
-def read_rope(hf: Fields, base: float = 10000.0, partial: bool = False) -> Rope:
+def rope_key(hf: Fields) -> str:
+    """Which object of a config holds its rope: as in transformers `rope_scaling` (older) before `rope_parameters`."""
+    return "rope_scaling" if hf.get("rope_scaling", dict, {}) else "rope_parameters"
+
+
+def read_rope(hf: Fields, base: float = 10000.0, partial: bool = False, original: int | None = None) -> Rope:
     """Rotary settings from `rope_parameters` (newer), or from `rope_theta` and `rope_scaling` (older).
 
-    `base` is the family's default; `partial`: whether the family may rotate a part of a head's channels.
+    `base` and `original` are the family's defaults, of the base and of the length of pretraining, which a config may
+    name beside the object; `partial`: whether the family may rotate a part of a head's channels.
     """
-    nested = hf.section("rope_parameters" if "rope_parameters" in hf else "rope_scaling")
+    nested = hf.section(rope_key(hf))
+    if ORIGINAL in hf or original:
+        nested = Fields({**nested.hf, ORIGINAL: hf.count(ORIGINAL, original)}, nested.where)
     rope = read_scaling(hf, nested, hf.get("rope_theta", float, base))
     share = nested.get("partial_rotary_factor", float, hf.get("partial_rotary_factor", float, 1.0))
     if share != 1.0 and not partial:
@@ -100,16 +108,19 @@ def read_rope(hf: Fields, base: float = 10000.0, partial: bool = False) -> Rope:
 def read_scaling(hf: Fields, nested: Fields, base: float) -> Rope:
     """Rotary settings of one object of a config; `hf` is the config around it."""
     base = nested.get("rope_theta", float, base)
+    if base <= 0:
+        raise InputError(f"{nested.where}: rope_theta is {base}; expected a number above 0")
     kind = nested.get("rope_type", str, nested.get("type", str, "default"))
     max_length = hf.get("max_position_embeddings", int, 0)
     if kind == "default":
         return Rope(base=base)
     if kind == "linear":
         return Rope(base=base, scaling="linear", factor=nested.get("factor", float))
-    original = nested.get("original_max_position_embeddings", int, max_length)
     if kind == "dynamic":
         factor = nested.get("factor", float)
         return Rope(base=base, scaling="dynamic", factor=factor, original_length=max_length)
+    if kind in ("llama3", "yarn", "longrope"):
+        original = nested.count(ORIGINAL, max_length)
     if kind == "llama3":
         return Rope(
             base=base,
@@ -132,7 +143,6 @@ def read_scaling(hf: Fields, nested: Fields, base: float) -> Rope:
             attention_factor=_yarn_attention_factor(nested, factor),
         )
     if kind == "longrope":
-        original = nested.count(ORIGINAL, hf.get(ORIGINAL, int, max_length))
         factor = nested.get("factor", float, max_length / original)
         default = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
         return Rope(
@@ -158,21 +168,27 @@ def read_floats(hf: Fields, key: str) -> tuple[float, ...]:
 def read_layer_ropes(hf: Fields, full: float, sliding: float) -> dict[str, Rope]:
     """The ropes of `full_attention` and `sliding_attention` layers.
 
-    Newer configs have an object each in `rope_parameters`; in older ones `rope_scaling` is for full attention alone,
-    and `rope_local_base_freq` is the base of the others. `full` and `sliding` are the family's default bases.
+    Newer configs have an object each in `rope_parameters`; `rope_scaling` of older ones is for full attention alone and
+    goes before it, key by key. Bases that the objects lack are `rope_theta` and `rope_local_base_freq` beside them;
+    `full` and `sliding` are the family's defaults.
     """
-    both = hf.section("rope_parameters")
-    if "full_attention" in both or "sliding_attention" in both:
-        sections = {name: both.section(name) for name in ("full_attention", "sliding_attention")}
-        older = {"full_attention": full, "sliding_attention": sliding}
-    else:
-        sections = {"full_attention": hf.section("rope_scaling"), "sliding_attention": Fields({}, hf.where)}
-        base = hf.get("rope_theta", float, None)
-        older = {
-            "full_attention": full if base is None else base,
-            "sliding_attention": hf.get("rope_local_base_freq", float, sliding),
-        }
-    return {name: read_scaling(hf, section, older[name]) for name, section in sections.items()}
+    both, scaling = hf.section("rope_parameters"), hf.section("rope_scaling")
+    newer = both.section("full_attention")
+    ropes = {
+        "full_attention": (Fields({**newer.hf, **scaling.hf}, (scaling if scaling.hf else newer).where),
+                           hf.get("rope_theta", float, full)),
+        "sliding_attention": (both.section("sliding_attention"), hf.get("rope_local_base_freq", float, sliding)),
+    }
+    return {name: read_scaling(hf, nested, base) for name, (nested, base) in ropes.items()}
+
+
+def check_longrope(hf: Fields, config: ModelConfig) -> None:
+    """Raise InputError where longrope has not one factor for each pair of rotated channels."""
+    for rope in config.ropes:
+        pairs = int(config.head_dim * rope.share) // 2
+        for key, factors in (("short_factor", rope.short_factors), ("long_factor", rope.long_factors)):
+            if rope.scaling == "longrope" and len(factors) != pairs:
+                raise InputError(f"{hf.where}: {key} has {len(factors)} numbers; expected {pairs}, one a rotated pair")
 
 
 def _yarn_attention_factor(nested: Fields, factor: float) -> float:
@@ -235,6 +251,16 @@ def read_uniform_kinds(hf: Fields, rope: Rope, window: int | None) -> tuple[Laye
     return kinds
 
 
+def read_window(hf: Fields, default: int) -> int | None:
+    """`sliding_window`: null is no window, an absent key the family's default."""
+    return hf.get("sliding_window", int, None) if "sliding_window" in hf.hf else default
+
+
+def read_switched_window(hf: Fields) -> int | None:
+    """`sliding_window` where `use_sliding_window` switches it on, as in Qwen configs."""
+    return read_window(hf, 4096) if hf.get("use_sliding_window", bool, False) else None
+
+
 def read_mixed_kinds(hf: Fields, rope: Rope, window: int | None, first_windowed: int) -> tuple[LayerKind, ...]:
     """One kind a layer: from `layer_types` where the config has it, else the window holds from `first_windowed` on."""
     if "layer_types" not in hf:
@@ -284,7 +310,9 @@ def read_shared(hf: Fields, *, kv_heads: int | None, head_dim: int | None) -> di
         raise InputError(
             f"{hf.where}: hidden_size {width} is not a multiple of num_attention_heads {heads}; set head_dim"
         )
-    num_kv_heads = hf.count("num_key_value_heads", heads if kv_heads is None else kv_heads)
+    if kv_heads is None or "num_key_value_heads" in hf.hf:  # null says as many as there are heads
+        kv_heads = heads
+    num_kv_heads = hf.count("num_key_value_heads", kv_heads)
     if heads % num_kv_heads:
         raise InputError(
             f"{hf.where}: num_attention_heads {heads} is not a multiple of num_key_value_heads {num_kv_heads}"

@@ -53,7 +53,7 @@ def config_from_hf(hf: Fields) -> ModelConfig:
         clamp=(hf.get("swiglu_alpha", float, 1.702), hf.get("swiglu_limit", float, 7.0)),
     )
     check_experts(hf, experts)
-    if "rope_parameters" not in hf and "rope_scaling" not in hf:
+    if "rope_parameters" not in hf:
         hf = Fields({**hf.hf, "rope_parameters": YARN}, hf.where)
     window, rope = hf.get("sliding_window", int, 128), read_rope(hf, 150000.0)
     kinds = {

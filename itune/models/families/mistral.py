@@ -12,6 +12,7 @@ from itune.models.families.common import (
     read_rope,
     read_shared,
     read_uniform_kinds,
+    read_window,
     write_shared,
 )
 
@@ -20,11 +21,9 @@ IGNORED = (OLD_ROTARY,)
 
 
 def config_from_hf(hf: Fields) -> ModelConfig:
-    # transformers reads an absent key as 4096 and null as no window
-    window = hf.get("sliding_window", int, None) if "sliding_window" in hf.hf else 4096
     return ModelConfig(
         **read_shared(hf, kv_heads=8, head_dim=None),
-        kinds=read_uniform_kinds(hf, read_rope(hf), window),
+        kinds=read_uniform_kinds(hf, read_rope(hf), read_window(hf, 4096)),
     )
 
 

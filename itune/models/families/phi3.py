@@ -13,9 +13,9 @@ from itune.models.families.common import (
     read_rope,
     read_shared,
     read_uniform_kinds,
+    rope_key,
     write_shared,
 )
-from itune.types import InputError
 
 WEIGHTS = LLAMA_WEIGHTS | {
     "attention/qkv_proj/kernel": "model.layers.{layer}.self_attn.qkv_proj.weight",
@@ -26,11 +26,7 @@ IGNORED = (OLD_ROTARY,)
 
 def config_from_hf(hf: Fields) -> ModelConfig:
     shared = read_shared(hf, kv_heads=None, head_dim=None)
-    rope = read_rope(_longrope_by_old_names(hf), partial=True)
-    pairs = int(shared["head_dim"] * rope.share) // 2
-    for key, factors in (("short_factor", rope.short_factors), ("long_factor", rope.long_factors)):
-        if rope.scaling == "longrope" and len(factors) != pairs:
-            raise InputError(f"{hf.where}: {key} has {len(factors)} numbers; expected {pairs}, one a rotated pair")
+    rope = read_rope(_longrope_by_old_names(hf), partial=True, original=4096)
     shared["norm_eps"] = hf.get("rms_norm_eps", float, 1e-5)
     return ModelConfig(
         **shared,
@@ -42,7 +38,7 @@ def config_from_hf(hf: Fields) -> ModelConfig:
 
 def _longrope_by_old_names(hf: Fields) -> Fields:
     """The first releases call longrope su or yarn."""
-    key = "rope_parameters" if "rope_parameters" in hf else "rope_scaling"
+    key = rope_key(hf)
     nested = dict(hf.get(key, dict, {}))
     if nested.get("rope_type", nested.get("type")) in ("su", "yarn"):
         nested["rope_type"] = "longrope"

@@ -12,6 +12,7 @@ from itune.models.families.common import (
     read_mixed_kinds,
     read_rope,
     read_shared,
+    read_switched_window,
     write_shared,
     write_windows,
 )
@@ -21,7 +22,7 @@ IGNORED = (OLD_ROTARY,)
 
 
 def config_from_hf(hf: Fields) -> ModelConfig:
-    window = hf.get("sliding_window", int, 4096) if hf.get("use_sliding_window", bool, False) else None
+    window = read_switched_window(hf)
     first_windowed = hf.get("max_window_layers", int, 28)
     return ModelConfig(
         **read_shared(hf, kv_heads=32, head_dim=None),

@@ -12,6 +12,7 @@ from itune.models.families.common import (
     check_experts,
     read_rope,
     read_shared,
+    read_switched_window,
     write_shared,
 )
 
@@ -26,7 +27,7 @@ IGNORED = (OLD_ROTARY,)
 
 
 def config_from_hf(hf: Fields) -> ModelConfig:
-    window = hf.get("sliding_window", int, 4096) if hf.get("use_sliding_window", bool, False) else None
+    window = read_switched_window(hf)
     # files of transformers 5 have the second name as well
     count = hf.count("num_experts", hf.get("num_local_experts", int, 128))
     experts = Experts(
