@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,14 +15,13 @@ import jax
 
 from itune import evaluators
 from itune.ahead import Ahead
-from itune.checkpoint import Store
+from itune.checkpoint import Store, describe_model
 from itune.checkpoint.mirror import mirrored
 from itune.config import Config
 from itune.evaluators import shown
 from itune.feed import feed
 from itune.judge import Judge, read_summary
 from itune.progress import Meter, Progress, format_seconds
-from itune.report import write_report
 from itune.run_record import RunRecord
 from itune.runtime import distributed
 from itune.runtime.compilation import use_compilation_cache, use_deterministic_kernels
@@ -45,7 +43,7 @@ from itune.storage.cache import local_workdir
 from itune.tuning import frozen_digest
 from itune.types import InputError, RunError
 from itune.weights import first_state, resumed_state
-from itune.writers import Writers, cut_back, read_metrics, write_atomically
+from itune.writers import Writers, cut_back, read_metrics
 
 OnStep = Callable[[int, Mapping[str, Any]], None]
 _SAVE, _STOP = 1, 2  # what processes ask of each other
@@ -136,14 +134,15 @@ class Run:
         plan = make_plan(self.config, data, self.log)
         self.data, self.plan, self.total = data, plan, data.loader.total_steps
         if saved:
-            check_resume(self.workdir, saved, self.config, data, self.log)
+            check_resume(self.workdir, saved, self.config, data, self.log, plan.model)
             self.done = self.saved_step = saved.step
             self.skipped.total, self.skipped.in_row = saved.data.get("skipped", (0, 0))
             self.judge.resume(self.done)
             self.stalled = self.judge.stalled()
             self.store.set_aside_after(saved.step)
             self.store.retain()  # a killed run may not have got to it
-            self.metrics = next((r for r in reversed(logged) if r["step"] <= self.done), {})
+            self.metrics = dict(next((r for r in reversed(logged) if r["step"] <= self.done), {}))
+            self.metrics.pop("step", None)
             if (self.stalled or self.done == self.total) and not self.judge.waiting(self.done):
                 return self._finished_before()
             if (mesh := saved.data["mesh"]) != plan.mesh.shape:
@@ -297,7 +296,8 @@ class Run:
             raise RunError(f"step {self.done}: parameters or optimizer state are not finite; they are not saved")
         data = {"fingerprint": self.data.loader.fingerprint, "step": self.done, "total_steps": self.total,
                 "seed": self.config.seed, "mesh": dict(self.plan.mesh.shape), "processes": jax.process_count(),
-                "skipped": [self.skipped.total, self.skipped.in_row], "frozen": self.frozen}
+                "skipped": [self.skipped.total, self.skipped.in_row], "frozen": self.frozen,
+                "model": describe_model(self.plan.model.config)}
         self.store.save(self.done, state.replace(frozen={}), data=data, config=self.record.config)
         self.saved_step, self.saved_at = self.done, time.monotonic()
 
@@ -335,17 +335,15 @@ class Run:
             self.log(f"finished: {self.total} steps in {self.workdir}; its steps waited "
                      f"{format_seconds(self.seconds['save'])} for checkpoints")
         summary = self.summary(preempted)
-        if self.first:
-            write_atomically(self.workdir / "summary.json", json.dumps(summary, indent=1) + "\n")
-            write_report(self.workdir)
+        self.record.write_end(summary)
         return Result(self.workdir, self.done, self.total, self.metrics, summary, preempted)
 
     def _finished_before(self) -> Result:
         further = "raise train.epochs or train.max_steps" if self.done == self.total else f"change it: {self.stalled}"
         self.log(f"{self.workdir} is finished with {self.done} steps; to go on, {further}")
         self.record.write_config()  # a path may have changed
-        path = self.workdir / "summary.json"
-        summary = json.loads(path.read_text()) if path.is_file() else self.summary(False)
+        summary = self.record.read_end(self.done) or self.summary(False)  # it may have been killed before it wrote one
+        self.record.write_end(summary)
         return Result(self.workdir, self.done, self.total, self.metrics, summary)
 
     def summary(self, preempted: bool) -> dict[str, Any]:

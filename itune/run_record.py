@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from itune.config import Config
+from itune.report import write_report
 from itune.runtime.crash import crash_path, write_crash
 from itune.runtime.environment import environment
 from itune.runtime.events import EventLog
@@ -46,6 +47,20 @@ class RunRecord:
         """`config.json` alone; the first process writes it."""
         if not self.process:
             write_atomically(self.workdir / "config.json", json.dumps(self.config, indent=1, default=plain) + "\n")
+
+    def write_end(self, summary: dict[str, Any]) -> None:
+        """`summary.json` and `report.html`; the first process writes them."""
+        if not self.process:
+            write_atomically(self.workdir / "summary.json", json.dumps(summary, indent=1) + "\n")
+            write_report(self.workdir)
+
+    def read_end(self, step: int) -> dict[str, Any] | None:
+        """What `summary.json` says of a run that ended with this step; None where it says nothing of that end."""
+        try:
+            found = json.loads((self.workdir / "summary.json").read_text(encoding="utf-8"))
+            return found if found["step"] == step and not found["preempted"] else None
+        except (OSError, ValueError, LookupError, TypeError):
+            return None
 
     def write_failure(self, error: Exception, step: int, **facts: Any) -> str:
         """Write the crash record; returns where it is, as a message says it."""

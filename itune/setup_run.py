@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from itune.checkpoint import compare_configs
+from itune.checkpoint import compare_configs, compare_models
 from itune.config import Config
 from itune.evaluators import check_held_out, find_evaluator
 from itune.judge import check_patience
@@ -178,8 +178,10 @@ def model_settings(config: Config, tokenizer: Any) -> dict[str, Any]:
     return {**settings, "vocab_size": tokenizer.vocab_size}
 
 
-def check_resume(workdir: Path, saved: Any, config: Config, data: Data | None, log: Log) -> None:
-    """Raise InputError when `config` and `data` may not continue the run that saved this checkpoint.
+def check_resume(
+    workdir: Path, saved: Any, config: Config, data: Data | None, log: Log, model: Any = None
+) -> None:
+    """Raise InputError when `config`, `data` and `model` may not continue the run that saved this checkpoint.
 
     Without `data` only what needs none is compared, so that it is said before anything is prepared.
     """
@@ -187,6 +189,9 @@ def check_resume(workdir: Path, saved: Any, config: Config, data: Data | None, l
     refused, allowed = compare_configs(saved.config, redact_tree(config.to_dict()), same_data)
     if not same_data and not refused:
         refused.append("the content of the training data, the tokenizer or the chat template is not what it was")
+    if model is not None:
+        refused += [f"{config.model.path}/config.json: {line}" for line in
+                    compare_models(saved.data.get("model"), model.config)]  # fmt: skip
     total = saved.data["total_steps"]
     if data is not None and data.loader.total_steps < total:
         refused.append(f"the run has {total} steps, it would have {data.loader.total_steps} (may only grow)")

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from itune.checkpoint import Store
+from itune.checkpoint import Store, compare_models
 from itune.config import Config
 from itune.data.templates import load_tokenizer
 from itune.models import load_model, load_pretrained
@@ -88,7 +88,13 @@ def _start_steps(config: Config, log: Log) -> Iterator[int | None]:
 
 
 def saved_halves(config: Config, model: Any, tokenizer: Any, store: Store, step: int, log: Log) -> tuple[Any, Any]:
-    """(trainable, frozen) of a run's checkpoint; `config` is that run's."""
+    """(trainable, frozen) of a run's checkpoint; `config` is that run's.
+
+    Raises InputError where `model` is not of the architecture that was trained: the shapes of arrays do not tell that.
+    """
+    if differ := compare_models(store.read(step).data.get("model"), model.config):
+        raise InputError(f"{config.model.path}: its config.json is not the one that {store.folder.parent} trained; put "
+                         "the original there again:\n  " + "\n  ".join(differ))
     trainable, frozen = make_tuning(config, model).abstract()
     trainable = store.restore_part(step, "trainable", trainable)
     if frozen:

@@ -19,8 +19,10 @@ import pytest
 from load_script import load_script
 
 from itune.checkpoint import Store
+from itune.checkpoint.manifest import write_manifest
 from itune.cli import main
 from itune.config import Config, from_dict
+from itune.export import export_run
 from itune.feed import feed
 from itune.loop import Result, train
 from itune.runtime.crash import shown_to
@@ -258,7 +260,7 @@ def test_resume_on_another_mesh_is_allowed_and_close(inputs, whole, copy, capsys
 def test_checkpoints_that_a_killed_run_left_over_go_with_the_next_start(inputs, copy):
     """Killed between the commit and the retention of its last checkpoint, the run was finished: one too many stayed."""
     kept = copy / "checkpoints"
-    shutil.copytree(kept / "4", kept / "3")
+    write_manifest(Path(shutil.copytree(kept / "4", kept / "3")), step=3)
     assert train(settings(inputs), copy).step == STEPS
     assert sorted(int(path.name) for path in kept.iterdir()) == [4, 8, 12]
 
@@ -269,6 +271,13 @@ def test_finished_run_stays_and_can_be_extended(inputs, whole, copy, capsys):
     assert "is finished with 12 steps; to go on, raise train.epochs or train.max_steps" in capsys.readouterr().out
     assert again.summary == whole.summary
     assert again.step == STEPS and (copy / "metrics.jsonl").read_text() == before and again.metrics["loss"]
+    for name, text in (("summary.json", None), ("summary.json", '{"step'), ("report.html", None),
+                       ("summary.json", json.dumps({**whole.summary, "step": 4, "preempted": True}))):  # fmt: skip
+        (copy / name).write_text(text) if text else (copy / name).unlink()  # killed after its last checkpoint
+        train(settings(inputs), copy)
+        written = json.loads((copy / "summary.json").read_text())
+        assert written["step"] == STEPS and not written["preempted"] and (copy / "report.html").is_file()
+        assert (written["after"], written["metrics"]) == (whole.summary["after"], whole.summary["metrics"])
     longer = train(settings(inputs, train__max_steps=14), copy)
     assert "extended from 12 to 14 steps" in capsys.readouterr().out
     assert longer.step == 14
@@ -287,6 +296,24 @@ def test_another_config_or_other_data_is_refused_field_by_field(inputs, copy, tm
     (tmp_path / "moved.jsonl").write_text(rows.replace("Count to 2,", "Count up to 2,"))
     with pytest.raises(InputError, match=r"data\.train: .*rows\.jsonl' there, .*moved\.jsonl' here"):
         train(settings(inputs, data=moved), copy)
+
+
+def test_another_architecture_of_the_same_shapes_is_refused(inputs, copy, tmp_path):
+    """Of a run that goes on, is judged, exported, or started from: no array tells of it."""
+    other = Path(shutil.copytree(inputs / "model", tmp_path / "model"))
+    stored = json.loads((other / "config.json").read_text())
+    changed = {**stored, "rope_theta": 77.0, "rms_norm_eps": 0.01, "hidden_act": "gelu", "max_position_embeddings": 200}
+    (other / "config.json").write_text(json.dumps(changed))
+    said = r"activation: 'silu' there, 'gelu.*\n  norm_eps: .* there, 0\.01 here"
+    with pytest.raises(InputError, match=r"model/config\.json: kinds\.rope\.base: 10000\.0 there, 77\.0 here"):
+        train(settings(inputs, model={"path": str(other)}), copy)
+    run = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**run, "model": {**run["model"], "path": str(other)}}))
+    for use in (lambda: load_run(copy), lambda: export_run(copy, tmp_path / "out"),
+                lambda: train(settings(inputs, train__init_from=str(copy)), tmp_path / "run")):
+        with pytest.raises(InputError, match=said):
+            use()
+    assert not (tmp_path / "out").exists()
 
 
 def test_start_from_the_parameters_of_another_run(inputs, whole, tmp_path):
