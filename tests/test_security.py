@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -11,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from itune.cli import main
+from itune.config import default_config
 from itune.runtime.crash import write_crash
 from itune.runtime.permissions import shared_with_everyone
+from itune.runtime.secrets import redact_tree
 from itune.usage import build_parser
 
 CANARY = "hf_" + "canary0" * 4
@@ -72,6 +75,27 @@ def test_crash_record_hides_secrets_in_all_it_holds(tmp_path, monkeypatch):
     text = (tmp_path / "crash.json").read_text()
     for secret in (CANARY, "pass-word", *(f"value-of-{name}" for name in VARIABLES)):
         assert secret not in text
+
+
+def test_a_config_with_sources_named_like_secrets_stays_one_that_runs(monkeypatch):
+    monkeypatch.setenv("TOKENISED_DATA", "/data/some-folder")
+    monkeypatch.setenv("TOKENIZER_HOME", "/models/some-model")
+    tree = default_config().to_dict() | {"evaluators": ["package.token_counting:Token"]}
+    named = {name: f"/data/some-folder/{name}.jsonl" for name in ("token_counting", "secret", "password", "api_key")}
+    tree["data"] |= {"train": named, "categories": dict.fromkeys(named, "long category"), "fields": {"token": "a_token"}}
+    tree["model"]["path"] = "/models/some-model"
+    tree["optimizer"]["rates"] = {"embed_tokens": "irrelevant text"}
+    config = json.loads(json.dumps(tree))
+    assert redact_tree(config) == config
+    for name in VARIABLES:
+        monkeypatch.setenv(name, f"value-of-{name}")
+    named["other"] = f"https://me:pass-word@host/{CANARY}/value-of-MY_SECRET"
+    keys = ("token", "hf_token", "HF-TOKEN", "api_key", "db_password", "credentials", "secret_access_key", "a.secret")
+    config["eval"]["lm_eval_options"] = dict.fromkeys(keys, "a long value")
+    hidden = redact_tree(config | {"data": {**config["data"], "train": named}})
+    assert hidden["data"]["train"]["other"] == "https://[hidden]@host/[hidden]/[hidden]"
+    assert set(hidden["eval"]["lm_eval_options"].values()) == {"[hidden]"}
+    assert hidden["model"] == config["model"]
 
 
 def test_a_run_that_imports_everything_opens_no_port():
