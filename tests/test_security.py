@@ -82,7 +82,8 @@ def test_a_config_with_sources_named_like_secrets_stays_one_that_runs(monkeypatc
     monkeypatch.setenv("TOKENIZER_HOME", "/models/some-model")
     tree = default_config().to_dict() | {"evaluators": ["package.token_counting:Token"]}
     named = {name: f"/data/some-folder/{name}.jsonl" for name in ("token_counting", "secret", "password", "api_key")}
-    tree["data"] |= {"train": named, "categories": dict.fromkeys(named, "long category"), "fields": {"token": "a_token"}}
+    categories = dict.fromkeys(named, "long category")
+    tree["data"] |= {"train": named, "categories": categories, "fields": {"token": "a_token"}}
     tree["model"]["path"] = "/models/some-model"
     tree["optimizer"]["rates"] = {"embed_tokens": "irrelevant text"}
     config = json.loads(json.dumps(tree))
