@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ from itune.sharding import constrain, replicated, rows_divisor
 from itune.types import InputError
 from itune.xla import options
 
+COOLEST = 1e-3  # temperature above 0: far below it logits overflow, and no answer changes any more
 SHORTEST = 32  # slots: prompts are padded to this or a larger power of two; to compile one shape more costs more
 
 
@@ -45,7 +47,10 @@ class Sampling(NamedTuple):
 
 
 class State(NamedTuple):
-    """A batch in the middle of decoding: `last_B` is drawn but not yet in the cache; `out_BT[:, :count]` is drawn."""
+    """A batch in the middle of decoding: `last_B` is drawn but not yet in the cache; `out_BT[:, :count]` is drawn.
+
+    `before_B` tokens of the answer stand in the prompt: the row was begun anew, see `grow`.
+    """
 
     cache: Any
     last_B: Any
@@ -55,6 +60,7 @@ class State(NamedTuple):
     out_BT: Any
     count: Any
     keys_B: Any
+    before_B: Any
 
 
 def generate(
@@ -103,7 +109,7 @@ def generate_ids(
     index in the answer: not on the batch it shares. `batch_size` is raised to what the mesh can divide. Raises
     InputError for an empty prompt, one that leaves no room in the context, or settings out of range.
     """
-    _check(model, prompts, max_new_tokens, temperature, top_p)
+    _check(model, prompts, max_new_tokens, temperature, top_p, seed)
     rows = _rows(model, min(batch_size, 1 << max(len(prompts) - 1, 0).bit_length()))  # few prompts: few shapes
     sampling = make_sampling(temperature, top_p, stop_ids)
     longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
@@ -113,12 +119,11 @@ def generate_ids(
 
     def answer(chosen: list[int]) -> list[Generated]:
         texts = [prompts[i] for i in chosen]
-        shape = model, rows, _slots(texts), max_new_tokens, sampling[:2]
+        shape = model, rows, _slots(texts), _room(model, texts, max_new_tokens), sampling[:2]
         with contextlib.nullcontext() if shape in _COMPILED else _COMPILING:
-            state = prefill(model, params, texts, chosen, sampling, max_new_tokens, seed, rows)
-            state = advance(model, params, state, sampling, max_new_tokens)
+            *_, answers = grow(model, params, texts, chosen, sampling, max_new_tokens, seed, rows)
             _COMPILED.add(shape)
-        return read(state)
+        return answers
 
     with ThreadPoolExecutor(at_once) as pool:
         done = list(pool.map(answer, batches)) if at_once > 1 else [answer(chosen) for chosen in batches]
@@ -128,6 +133,43 @@ def generate_ids(
 
 _COMPILING = threading.Lock()  # without it two threads would compile the same program
 _COMPILED: set[Any] = set()
+
+
+def grow(
+    model: Model, params: Any, prompts: Sequence[np.ndarray], indices: Sequence[int], sampling: Sampling,
+    limit: int, seed: int, rows: int, every: int | None = None, room: int | None = None,
+) -> Iterator[list[Generated]]:
+    """All tokens so far of each prompt's answer, about every `every` tokens (None: once), the last time complete.
+
+    `limit`: tokens of an answer. `room`: tokens that the cache has slots for (default: as many as can be needed). Where
+    an answer leaves the original context of longrope all keys take other factors, as in transformers: that row begins
+    anew with what it has of its answer.
+    """
+    answers = [Generated(np.zeros(0, np.int32), False)] * len(prompts)
+    room, places = room or _room(model, prompts, limit), list(range(len(prompts)))
+    every = min(every or room, room)
+    while places:
+        before = [answers[place].ids for place in places]
+        texts = [np.concatenate([prompts[place], ids]) for place, ids in zip(places, before, strict=True)]
+        state = prefill(model, params, texts, [indices[place] for place in places], sampling, room, seed, rows,
+                        [len(ids) for ids in before])  # fmt: skip
+        for reached in range(every, room + every, every):
+            state = advance(model, params, state, sampling, min(reached, room))
+            found = read(state)[: len(places)]
+            for place, ids, new in zip(places, before, found, strict=True):
+                whole = np.concatenate([ids, new.ids])
+                answers[place] = Generated(whole[:limit], new.stopped and len(whole) <= limit)
+            yield list(answers)
+            if all(new.stopped or len(new.ids) < min(reached, room) for new in found):
+                break
+        places = [place for place in places if not answers[place].stopped and len(answers[place].ids) < limit
+                  and len(prompts[place]) + len(answers[place].ids) < model.config.max_length]  # fmt: skip
+
+
+def _room(model: Model, prompts: Sequence[np.ndarray], limit: int) -> int:
+    """New tokens that a batch's cache needs slots for: `limit`, or what the context has left, in steps of 64."""
+    left = model.config.max_length - min(len(prompt) for prompt in prompts)
+    return min(limit, -(-left // 64) * 64)
 
 
 def _slots(prompts: Sequence[np.ndarray]) -> int:
@@ -155,15 +197,12 @@ def stream_ids(
     every: int = 4,
 ) -> Iterator[Generated]:
     """The answer to one prompt as it grows: all tokens so far, about every `every` tokens, the last time complete."""
-    _check(model, [prompt], max_new_tokens, temperature, top_p)
+    _check(model, [prompt], max_new_tokens, temperature, top_p, seed)
     sampling = make_sampling(temperature, top_p, stop_ids)
-    new = -(-max_new_tokens // 64) * 64  # few shapes, whatever limit each turn of a chat has
-    state = prefill(model, params, [prompt], [0], sampling, new, seed, _rows(model, 1))
-    for limit in range(every, max_new_tokens + every, every):
-        state = advance(model, params, state, sampling, min(limit, max_new_tokens))
-        answer = read(state)[0]
+    room = _room(model, [prompt], -(-max_new_tokens // 64) * 64)  # few shapes, whatever limit each turn of a chat has
+    for [answer] in grow(model, params, [prompt], [0], sampling, max_new_tokens, seed, _rows(model, 1), every, room):
         yield answer
-        if answer.stopped or len(answer.ids) < min(limit, max_new_tokens):
+        if len(answer.ids) == max_new_tokens:
             return
 
 
@@ -176,19 +215,22 @@ def make_sampling(temperature: float, top_p: float, stop_ids: Sequence[int]) -> 
 
 def prefill(
     model: Model, params: Any, prompts: Sequence[np.ndarray], indices: Sequence[int], sampling: Sampling,
-    new_tokens: int, seed: int, rows: int,
+    new_tokens: int, seed: int, rows: int, before: Sequence[int] = (),
 ) -> State:
-    """The state after the prompts and their first new token. `indices` seed the rows; missing rows are done at once."""
+    """The state after the prompts and their first new token. `indices` seed the rows; missing rows are done at once.
+
+    `before`: how many tokens at the end of each prompt are of its answer.
+    """
     length = _slots(prompts)
     tokens_BL, segments_BL = np.zeros((2, rows, length), np.int32)
     for row, prompt in enumerate(prompts):
         tokens_BL[row, length - len(prompt) :] = prompt
         segments_BL[row, length - len(prompt) :] = 1
-    seeds_B = np.zeros(rows, np.uint32)
-    seeds_B[: len(indices)] = indices
+    seeds_B, before_B = np.zeros((2, rows), np.uint32)
+    seeds_B[: len(indices)], before_B[: len(before)] = indices, before
     return _jitted_prefill()(
         model, new_tokens, sampling.greedy, sampling.nucleus, params, tokens_BL, segments_BL, np.uint32(seed), seeds_B,
-        sampling[2:],
+        before_B, sampling[2:],
     )
 
 
@@ -209,7 +251,7 @@ def _jitted_prefill() -> Any:
     return jax.jit(_prefill, static_argnums=(0, 1, 2, 3), compiler_options=options(jax.devices()[0]))
 
 
-def _prefill(model, new_tokens, greedy, nucleus, params, tokens_BL, segments_BL, seed, seeds_B, settings):
+def _prefill(model, new_tokens, greedy, nucleus, params, tokens_BL, segments_BL, seed, seeds_B, before_B, settings):
     rows, length = tokens_BL.shape
     tokens_BL, segments_BL = (constrain(x, model.mesh, ("batch", None)) for x in (tokens_BL, segments_BL))
     positions_BL = jnp.maximum(jnp.cumsum(segments_BL, axis=1) - 1, 0)
@@ -225,6 +267,7 @@ def _prefill(model, new_tokens, greedy, nucleus, params, tokens_BL, segments_BL,
         out_BT=jnp.full((rows, new_tokens), -1, jnp.int32),
         count=jnp.zeros((), jnp.int32),
         keys_B=jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), seeds_B),
+        before_B=before_B,
     )
     return _draw(model, greedy, nucleus, params, state, hidden_BLD[:, -1], settings)
 
@@ -253,12 +296,15 @@ def _draw(model, greedy, nucleus, params, state, hidden_BD, settings):
     else:
         logits_BV = logits_BV / temperature
         logits_BV = _nucleus(logits_BV, top_p) if nucleus else logits_BV
-        keys_B = jax.vmap(jax.random.fold_in, (0, None))(state.keys_B, state.count)
+        keys_B = jax.vmap(jax.random.fold_in, (0, 0))(state.keys_B, state.count + state.before_B)
         token_B = jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
     stop_B = jnp.any(token_B[:, None] == stop_ids[None, :], axis=-1)
     shown_B = jnp.where(state.done_B | stop_B, -1, token_B)
     positions_B = state.positions_B + 1
     full_B = positions_B + 1 >= model.config.max_length
+    for rope in model.config.ropes:
+        if rope.scaling == "longrope":  # the keys in the cache are of the short context
+            full_B |= positions_B == rope.original_length
     out_BT = jax.lax.dynamic_update_slice_in_dim(state.out_BT, shown_B[:, None], state.count, axis=1)
     stopped_B, done_B = state.stopped_B | (~state.done_B & stop_B), state.done_B | stop_B | full_B
     return _seen_by_all(model, state._replace(
@@ -294,11 +340,16 @@ def _rows(model: Model, wanted: int) -> int:
     return -(-wanted // divisor) * divisor
 
 
-def _check(model: Model, prompts: Sequence[np.ndarray], max_new_tokens: int, temperature: float, top_p: float) -> None:
+def _check(
+    model: Model, prompts: Sequence[np.ndarray], max_new_tokens: int, temperature: float, top_p: float, seed: int
+) -> None:
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens must be at least 1, found {max_new_tokens}")
-    if not temperature >= 0 or not 0 < top_p <= 1:
-        raise InputError(f"temperature must be at least 0 and top_p in (0, 1], found {temperature} and {top_p}")
+    if not (temperature == 0 or COOLEST <= temperature < math.inf) or not 0 < top_p <= 1:
+        raise InputError(f"temperature must be at least 0, finite, and {COOLEST} or more where it is not 0, top_p in "
+                         f"(0, 1], found {temperature} and {top_p}")
+    if not 0 <= seed < 2**32:
+        raise InputError(f"seed must be from 0 to {2**32 - 1}, found {seed}")
     for index, prompt in enumerate(prompts):
         if not 0 < len(prompt) < model.config.max_length:
             raise InputError(

@@ -71,6 +71,53 @@ def test_greedy_on_a_mesh_is_the_same(judge, loaded, prompts, tmp_path):
         assert getattr(state, name).sharding.is_fully_replicated, name
 
 
+@pytest.fixture(scope="module")
+def scaled(tmp_path_factory):
+    """(judge, (model, params)) by kind of rope; the original context of longrope is 16 of 40 tokens."""
+    import torch
+    import transformers
+
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 40,
+             "initializer_range": 0.4, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0,
+             "tie_word_embeddings": False}  # fmt: skip
+    factors = {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 3.0, 4.0]}
+    longrope = {"rope_type": "longrope", "type": "longrope", "original_max_position_embeddings": 16, **factors}
+    torch.manual_seed(0)
+    judges = {
+        "longrope": transformers.Phi3ForCausalLM(transformers.Phi3Config(
+            **sizes, original_max_position_embeddings=16, rope_scaling=longrope)),
+        "dynamic": transformers.LlamaForCausalLM(transformers.LlamaConfig(
+            **sizes, rope_scaling={"rope_type": "dynamic", "factor": 2.0})),
+    }  # fmt: skip
+    found = {}
+    for name, judge in judges.items():
+        folder = tmp_path_factory.mktemp(name)
+        judge.eval().save_pretrained(folder)
+        found[name] = judge, load_pretrained(folder)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_scaled_rope_is_transformers_for_each_row_alone(scaled, kind, prompts):
+    """Rows that stay in the original context of longrope, leave it in the answer, and start beyond it share a batch;
+    a prompt's padded slots and a cache longer than the context change nothing."""
+    judge, loaded = scaled[kind]
+    expected = [hf_greedy(judge, prompt) for prompt in prompts]
+    for size in (4, 1):
+        answers = decode.generate_ids(*loaded, prompts, max_new_tokens=NEW, batch_size=size)
+        assert [answer.ids.tolist() for answer in answers] == expected
+    *_, streamed = decode.stream_ids(*loaded, prompts[0], max_new_tokens=NEW)
+    assert streamed.ids.tolist() == expected[0]
+
+
+def test_a_sample_across_the_original_context_does_not_depend_on_its_batch(scaled, prompts):
+    options = {"max_new_tokens": NEW, "temperature": 0.9, "seed": 3}
+    together, apart = ([answer.ids.tolist() for answer in decode.generate_ids(
+        *scaled["longrope"][1], prompts, batch_size=size, **options)] for size in (4, 1))  # fmt: skip
+    assert together == apart
+
+
 def test_any_stop_token_ends_a_row_and_is_left_out(loaded, prompts):
     free = decode.generate_ids(*loaded, prompts, max_new_tokens=NEW, batch_size=4)
     assert not any(answer.stopped for answer in free)
@@ -124,6 +171,12 @@ def test_the_context_is_never_exceeded(loaded, prompts):
     assert [len(answer.ids) for answer in answers] == [min(NEW, 40 - len(prompt)) for prompt in prompts]
 
 
+def test_a_limit_beyond_the_context_takes_no_more_memory(loaded, prompts):
+    answers = decode.generate_ids(*loaded, prompts, max_new_tokens=30_000_000, batch_size=4)
+    assert [len(answer.ids) for answer in answers] == [40 - len(prompt) for prompt in prompts]
+    assert not any(answer.stopped for answer in answers)
+
+
 def test_streaming_grows_to_the_same_answer(loaded, prompts):
     whole = decode.generate_ids(*loaded, prompts[:4], max_new_tokens=NEW, batch_size=4)[3]
     parts = list(decode.stream_ids(*loaded, prompts[3], max_new_tokens=NEW, every=4))
@@ -160,7 +213,11 @@ def test_nothing_is_compiled_twice(loaded, prompts):
         (40, {}, "prompt 1 has 40 tokens"),
         (3, {"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
         (3, {"temperature": -1.0}, "temperature must be at least 0"),
-        (3, {"temperature": float("nan")}, "temperature must be at least 0 .*found nan"),
+        (3, {"temperature": float("nan")}, "temperature must be at least 0, finite"),
+        (3, {"temperature": float("inf")}, "temperature must be at least 0, finite"),
+        (3, {"temperature": 1e-40}, "0.001 or more where it is not 0"),
+        (3, {"seed": -1}, "seed must be from 0 to 4294967295, found -1"),
+        (3, {"seed": 5_000_000_000}, "seed must be from 0"),
         (3, {"top_p": 0.0}, r"top_p in \(0, 1\]"),
     ],
 )

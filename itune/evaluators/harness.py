@@ -144,7 +144,7 @@ class HarnessModel(TemplateLM):
     def _batch(self, sequences: list[list[int]], scored: list[int]) -> Batch:
         """One batch of `rows` rows, padded to a power of two, so that few shapes are compiled."""
         longest = max(len(sequence) for sequence in sequences) - 1
-        length = max(16, 1 << (max(longest, 1) - 1).bit_length())
+        length = min(max(16, 1 << (max(longest, 1) - 1).bit_length()), max(self.max_length, longest))
         tokens_BL, targets_BL, segments_BL = (np.zeros((self.rows, length), np.int32) for _ in range(3))
         weights_BL = np.zeros((self.rows, length), np.float32)
         for row, (sequence, count) in enumerate(zip(sequences, scored, strict=True)):
@@ -186,13 +186,10 @@ class HarnessModel(TemplateLM):
         for start in range(0, len(prompts), self.rows):
             chosen = longest_first[start : start + self.rows]
             batch = [prompts[place] for place in chosen]
-            state = decode.prefill(self.model, self.params, batch, chosen, sampling, limit, self.seed, self.rows)
-            for reached in range(CHECK_EVERY, limit + CHECK_EVERY, CHECK_EVERY):
-                state = decode.advance(self.model, self.params, state, sampling, min(reached, limit))
-                answers = decode.read(state)[: len(chosen)]
+            for answers in decode.grow(self.model, self.params, batch, chosen, sampling, limit, self.seed, self.rows,
+                                       CHECK_EVERY):  # fmt: skip
                 cut = [self._cut(answer.ids, stops) for answer in answers]
-                if all(a.stopped or len(a.ids) < min(reached, limit) or found for a, (_, found) in
-                       zip(answers, cut, strict=True)):  # fmt: skip
+                if all(answer.stopped or found for answer, (_, found) in zip(answers, cut, strict=True)):
                     break
             for place, (text, _) in zip(chosen, cut, strict=True):
                 texts[place] = text

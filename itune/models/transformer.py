@@ -262,9 +262,9 @@ class Head(nn.Module):
 
 def make_context(c: ModelConfig, s: Settings, segments_BL: jax.Array, positions_BL: jax.Array, cache: Any) -> Context:
     """What the layers share, with these tokens' segments and positions written into the cache's."""
-    slots = (segments_BL if cache is None else cache["segments"]).shape[1]
-    for rope in c.ropes:
-        if rope.scaling == "dynamic" and slots > rope.original_length:
+    slots = segments_BL.shape[1]
+    for rope in c.ropes:  # with a cache, prompt and answer end at the longest context, whatever slots there are
+        if rope.scaling == "dynamic" and cache is None and slots > rope.original_length:
             raise InputError(
                 f"rows of {slots} tokens: beyond {rope.original_length} dynamic rope scaling depends on the batch "
                 f"and is not supported; make rows at most {rope.original_length} tokens"
@@ -284,13 +284,14 @@ def make_context(c: ModelConfig, s: Settings, segments_BL: jax.Array, positions_
 def is_long(rope: Rope, segments_BL: jax.Array, positions_BL: jax.Array, cache: Any) -> Any:
     """Whether each token's sequence is longer than the original context of `rope`; only longrope asks.
 
-    A segment is judged by itself, so packing changes nothing. With a cache the number of slots decides for all: keys
-    are rotated once, when they are written, and must fit those of all later steps.
+    A segment is judged by itself, so packing changes nothing. With a cache each row is judged by the furthest of these
+    tokens: keys are rotated once, when they are written, so that a row may not cross the original context in one cache
+    (itune/decode.py begins it anew there).
     """
     if rope.scaling != "longrope":
         return False
     if cache is not None:
-        return cache["segments"].shape[1] > rope.original_length
+        return jnp.max(positions_BL, axis=1, keepdims=True) >= rope.original_length
 
     def one_row(segments_L: jax.Array, positions_L: jax.Array) -> jax.Array:
         return jax.ops.segment_max(positions_L, segments_L, num_segments=segments_L.shape[0] + 1)[segments_L]

@@ -12,8 +12,8 @@ from itune.models.architecture import Experts
 # alternating layers with an unrolled one after them: windows, two rotary bases, none
 WINDOW, FULL = LayerKind(4, Rope()), LayerKind(None, Rope(base=100.0))
 KINDS = (WINDOW, FULL, WINDOW, FULL, LayerKind(4, None))
-# the cache has slots beyond the original context of longrope, and so have the rows that it is compared with
-LONG = Rope(scaling="longrope", original_length=10, short_factors=(1.0, 2.0), long_factors=(3.0, 4.0), share=0.5)
+# every prompt is beyond the original context of longrope: no row may cross it in one cache (tests/test_decode.py)
+LONG = Rope(scaling="longrope", original_length=2, short_factors=(1.0, 2.0), long_factors=(3.0, 4.0), share=0.5)
 CLAMPED = Experts(4, 2, 12, biases=True, clamp=(1.7, 1.0))
 MANY = LayerKind(3, LONG, Experts(4, 2, 12)), LayerKind(None, Rope(), CLAMPED), LayerKind(None, LONG)
 SCALED = {"attention_scale": 0.2, "attention_softcap": 1.5, "embed_scale": 2.0, "residual_scale": 0.7, "sinks": True}
