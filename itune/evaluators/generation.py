@@ -22,6 +22,8 @@ MEASURES = ("exact", "normalized", "rouge_l", "stopped", "repetition")  # of eve
 class Evaluator:
     """Greedy answers to the last user turn of every held-out conversation, or of `eval.limit` of them.
 
+    A conversation that does not end with an answer is left out and counted under `no_answer`.
+
     `eval.score` decides what is right; both matches and ROUGE-L are recorded beside it, and what two trivial answers
     would have scored: the prompt itself, and the commonest reference of the category. Results are broken down by
     `eval.by`, by source and by `eval.groups`. Items that share a value of `data.held_out_by` form a cluster (a task).
@@ -36,7 +38,9 @@ class Evaluator:
         stopped, tokens, repetition, category, cluster, source, groups, address and metadata.
         """
         settings = self.config.eval
-        chosen = self._choose(dataset.held_out_conversations)
+        questions = [each for each in dataset.held_out_conversations if _is_question(each)]
+        no_answer = len(dataset.held_out_conversations) - len(questions)
+        chosen = self._choose(questions)
         items = [describe(conversation, self.config, number) for number, conversation in enumerate(chosen)]
         answers = answer_all(model, params, tokenizer, chosen, self.config)
         too_long = sum(answer is None for answer in answers)
@@ -50,7 +54,7 @@ class Evaluator:
             ended = {"stopped": answer.stopped, "tokens": len(answer.ids), "repetition": repetition(answer.ids)}
             found.append({**item, "answer": text, "score": self._score(item, text), **matches, **ended})
         summary = {**summarise(found), "score_by": settings.score, "max_new_tokens": settings.max_new_tokens,
-                   "too_long": too_long}  # fmt: skip
+                   "too_long": too_long, "no_answer": no_answer}  # fmt: skip
         parts = broken_down(found, lambda places: summarise([found[place] for place in places]))
         return {**summary, "baselines": self._baselines(found), **parts}, found
 
@@ -124,9 +128,9 @@ def ask(model: Any, params: Any, tokenizer: Any, questions: Sequence[str], confi
 
 
 def describe(conversation: Conversation, config: Config, number: int) -> dict[str, Any]:
-    """What a checker and a reader know of an item; the final assistant turn is the reference, not the prompt."""
-    messages = list(conversation.messages)
-    reference = messages.pop().content if messages[-1].role == "assistant" else ""
+    """What a checker and a reader know of an item: the messages that are asked, and as reference the final answer."""
+    messages = _asked(conversation)
+    reference = conversation.messages[-1].content if len(messages) < len(conversation.messages) else ""
     return {
         **labels(conversation, config, number),
         "prompt": next((m.content for m in reversed(messages) if m.role == "user"), ""),
@@ -134,6 +138,19 @@ def describe(conversation: Conversation, config: Config, number: int) -> dict[st
         "reference": reference,
         "metadata": dict(conversation.metadata),
     }
+
+
+def _asked(conversation: Conversation) -> list[Message]:
+    """The messages before the assistant's last turns, as `render_prompt` takes them."""
+    messages = list(conversation.messages)
+    while messages and messages[-1].role == "assistant":
+        messages.pop()
+    return messages
+
+
+def _is_question(conversation: Conversation) -> bool:
+    """It ends with an answer of the assistant, and something is asked before."""
+    return 0 < len(_asked(conversation)) < len(conversation.messages)
 
 
 def repetition(ids: Sequence[int] | np.ndarray, length: int = 4) -> float:

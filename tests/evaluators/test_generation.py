@@ -83,6 +83,16 @@ def test_prompts_beyond_the_context_are_counted(model, params, tokenizer, answer
     assert summary["too_long"] == 1 and summary["n"] == len(items) == 11
 
 
+def test_what_is_shown_is_what_was_asked_and_without_an_answer_nothing_is(model, params, tokenizer, answered):
+    user, answer, then = Message("user", "sun"), Message("assistant", "moon"), Message("assistant", "stars")
+    rows = [Conversation(messages) for messages in ((user, answer, then), (user, answer, user), (answer,))]
+    dataset = types.SimpleNamespace(held_out_conversations=rows)
+    summary, [item] = run(model, params, tokenizer, dataset)
+    assert (summary["n"], summary["no_answer"]) == (1, 2)
+    assert item["messages"] == [{"role": "user", "content": "sun"}] and item["reference"] == "stars"
+    assert item["answer"] == decode.generate(model, params, tokenizer, [item["messages"]], 6)[0]
+
+
 def test_measures_baselines_and_parts(model, params, tokenizer, answered):
     dataset, _ = answered
     voices = [dataclasses.replace(c, metadata={**c.metadata, "voice": f"v{n % 2}"}) for n, c in
