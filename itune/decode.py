@@ -153,15 +153,19 @@ def grow(
         texts = [np.concatenate([prompts[place], ids]) for place, ids in zip(places, before, strict=True)]
         state = prefill(model, params, texts, [indices[place] for place in places], sampling, room, seed, rows,
                         [len(ids) for ids in before])  # fmt: skip
-        for reached in range(every, room + every, every):
-            state = advance(model, params, state, sampling, min(reached, room))
-            found = read(state)[: len(places)]
-            for place, ids, new in zip(places, before, found, strict=True):
-                whole = np.concatenate([ids, new.ids])
-                answers[place] = Generated(whole[:limit], new.stopped and len(whole) <= limit)
-            yield list(answers)
-            if all(new.stopped or len(new.ids) < min(reached, room) for new in found):
-                break
+        try:
+            for reached in range(every, room + every, every):
+                state = advance(model, params, state, sampling, min(reached, room))
+                found = read(state)[: len(places)]
+                for place, ids, new in zip(places, before, found, strict=True):
+                    whole = np.concatenate([ids, new.ids])
+                    answers[place] = Generated(whole[:limit], new.stopped and len(whole) <= limit)
+                yield list(answers)
+                if all(new.stopped or len(new.ids) < min(reached, room) for new in found):
+                    break
+        except KeyboardInterrupt:
+            jax.block_until_ready(state)  # a process that ends while XLA computes dies of it
+            raise
         places = [place for place in places if not answers[place].stopped and len(answers[place].ids) < limit
                   and len(prompts[place]) + len(answers[place].ids) < model.config.max_length]  # fmt: skip
 

@@ -88,6 +88,21 @@ def _end_of_input(prompt):
     raise EOFError
 
 
+def test_an_interrupted_answer_is_waited_for(speaker, monkeypatch):
+    """The process would else die in XLA where it ends before the tokens in flight are there."""
+    seen, waited = [], []
+
+    def interrupted(state):
+        seen.append(state)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(decode, "read", interrupted)
+    monkeypatch.setattr(decode.jax, "block_until_ready", waited.append)
+    with pytest.raises(KeyboardInterrupt):
+        list(speaker.stream([Message("user", "Hi")], 24, 0.0, 0))
+    assert len(seen) == 1 and waited[0] is seen[0]
+
+
 def test_a_model_without_a_template_cannot_chat(base_folder):
     with pytest.raises(InputError, match="no chat template"):
         chat.chat(str(base_folder))

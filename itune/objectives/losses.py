@@ -32,7 +32,8 @@ LogitsFn = Callable[[Any, Any], Any]
 class CrossEntropy(NamedTuple):
     """`loss_sum` = sum(weights * nll) is differentiable; `nll` and `correct` (per token, float32) are not.
 
-    Both are 0 for tokens of weight 0. A token counts as correct when no other logit exceeds its target's.
+    Both are 0 for tokens of weight 0. A token counts as correct when no other logit exceeds its target's; without
+    gradients, which is evaluation, also none before it may equal it, as in argmax.
     """
 
     loss_sum: Any
@@ -316,7 +317,9 @@ def _chunk(
     nll_T = highest_T + jnp.log(normaliser_T) - target_T
     correct_T = (target_T >= highest_T).astype(jnp.float32)
     if pull is None:
-        return nll_T, correct_T, None
+        tied_T = jnp.any((logits_TV == highest_T[:, None]) & (entries[None, :] < targets_T[:, None]), axis=-1)
+        tied_T = jax.lax.pmax(tied_T.astype(jnp.int32), axes) if axes else tied_T
+        return nll_T, jnp.where(tied_T, 0, correct_T), None
     softmax_TV = jnp.exp(logits_TV - highest_T[:, None]) / normaliser_T[:, None]
     dkernel_VD, dhidden_TD = pull(weights_T[:, None] * (softmax_TV - is_target_TV))
     if "tensor" in axes:

@@ -70,6 +70,20 @@ def test_equals_full_logits_and_their_gradients(inputs, logits_fn, chunk, blocks
     np.testing.assert_allclose(forward_only, 0.5 * result.loss_sum, rtol=1e-6)
 
 
+@pytest.mark.parametrize("sizes", [{}, {"tensor": 2}, {"fsdp": 2}, {"fsdp": 2, "tensor": 2}], ids=str)
+def test_of_equal_logits_the_first_is_predicted_as_by_argmax(inputs, sizes):
+    """Each entry has a twin in the other half of the vocabulary; then all are equal, as those of a collapsed model."""
+    kernel, hidden, _, _ = inputs
+    mesh = make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))]) if sizes else None
+    run = jax.jit(lambda *given: chunked_cross_entropy(plain, *given, np.ones((B, L)), chunk=5, mesh=mesh).correct)
+    first = plain(kernel[: V // 2], hidden).argmax(-1)
+    kernel = np.concatenate([kernel[: V // 2]] * 2)
+    for targets, right in ((first, 1), (first + V // 2, 0)):
+        np.testing.assert_array_equal(run(kernel, hidden, targets.astype(np.int32)), np.full((B, L), right))
+    targets = np.arange(B * L, dtype=np.int32).reshape(B, L) % V
+    np.testing.assert_array_equal(run(0 * kernel, hidden, targets), targets == 0)
+
+
 def test_no_weight_gives_zero_loss_and_zero_gradients(inputs):
     kernel, hidden, targets, weights = inputs
 
