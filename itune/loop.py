@@ -15,7 +15,7 @@ import jax
 
 from itune import evaluators
 from itune.ahead import Ahead
-from itune.checkpoint import Store, describe_model
+from itune.checkpoint import Store
 from itune.checkpoint.mirror import mirrored
 from itune.config import Config
 from itune.evaluators import shown
@@ -134,7 +134,7 @@ class Run:
         plan = make_plan(self.config, data, self.log)
         self.data, self.plan, self.total = data, plan, data.loader.total_steps
         if saved:
-            check_resume(self.workdir, saved, self.config, data, self.log, plan.model)
+            check_resume(self.workdir, saved, self.config, data, self.log)
             self.done = self.saved_step = saved.step
             self.skipped.total, self.skipped.in_row = saved.data.get("skipped", (0, 0))
             self.judge.resume(self.done)
@@ -154,7 +154,7 @@ class Run:
         self.store.check_space(saved_part)
         if warning := self.store.space_warning(saved_part):
             self.log(warning)
-        self.record.write_facts(data.dataset, self.config.data)
+        self.record.write_facts(data, self.config)
         if self.first:
             log = self.config.log
             cut_back(self.workdir, self.done if saved else -1)
@@ -297,7 +297,7 @@ class Run:
         data = {"fingerprint": self.data.loader.fingerprint, "step": self.done, "total_steps": self.total,
                 "seed": self.config.seed, "mesh": dict(self.plan.mesh.shape), "processes": jax.process_count(),
                 "skipped": [self.skipped.total, self.skipped.in_row], "frozen": self.frozen,
-                "model": describe_model(self.plan.model.config)}
+                "source": self.record.source}
         self.store.save(self.done, state.replace(frozen={}), data=data, config=self.record.config)
         self.saved_step, self.saved_at = self.done, time.monotonic()
 

@@ -12,6 +12,7 @@ import jax
 
 from itune.config import Config
 from itune.report import write_report
+from itune.run_source import source_facts
 from itune.runtime.crash import crash_path, write_crash
 from itune.runtime.environment import environment
 from itune.runtime.events import EventLog
@@ -27,21 +28,22 @@ class RunRecord:
         self.config: dict[str, Any] = redact_tree(config.to_dict())
         self.events = EventLog(workdir, self.process)
         self.environment: dict[str, Any] = {}
+        self.source: dict[str, Any] = {}  # of the model that the run begins with; checkpoints say it
 
     def start(self) -> None:
         """A new attempt begins: the record of an earlier failure goes."""
         crash_path(self.workdir, self.process).unlink(missing_ok=True)
         self.events.write(0, "start", pid=os.getpid(), host=socket.gethostname(), processes=jax.process_count())
 
-    def write_facts(self, dataset: Any, section: Any) -> None:
-        """`config.json`, `environment.json` and the record of the data `section`; the first process writes them."""
-        self.environment = environment()
+    def write_facts(self, data: Any, config: Config) -> None:
+        """`config.json`, `environment.json` and the record of the data; the first process writes them."""
+        self.environment, self.source = environment(), source_facts(config.model, data.tokenizer)
         if self.process:
             return
         self.write_config()
         facts = json.dumps(self.environment, indent=1, default=plain) + "\n"
         write_atomically(self.workdir / "environment.json", facts)
-        dataset.write_record(self.workdir / "data", section)
+        data.dataset.write_record(self.workdir / "data", config.data)
 
     def write_config(self) -> None:
         """`config.json` alone; the first process writes it."""

@@ -18,6 +18,7 @@ from itune.checkpoint import Store
 from itune.config import Config
 from itune.evaluators import shown
 from itune.models import load_model, load_pretrained
+from itune.run_source import check_source
 from itune.runtime import distributed
 from itune.runtime.compilation import use_compilation_cache
 from itune.setup_run import make_tuning, model_settings
@@ -47,7 +48,7 @@ def load_run(
     """Model, tokenizer and verified parameters of a run directory, for evaluation and export.
 
     Without `step` the newest whole checkpoint. Without `mesh` the config's, see `mesh_here`. Raises InputError when
-    there is no such checkpoint, RunError when it is damaged.
+    there is no such checkpoint, or another model where the run began, RunError when it is damaged.
     """
     from itune.data.templates import load_tokenizer
 
@@ -66,6 +67,7 @@ def load_run(
     config = run_config(folder)
     mesh = mesh_here(config) if mesh is None else mesh
     tokenizer = load_tokenizer(config.model.path, config.data.chat_template, config.model.revision or None)
+    check_source(config.model, tokenizer, store.read(step).data, log)
     model = load_model(config.model.path, mesh, **model_settings(config, tokenizer))
     tuning = make_tuning(config, model)
     halves = saved_halves(config, model, tokenizer, store, step, log)

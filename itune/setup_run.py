@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from itune.checkpoint import compare_configs, compare_models
+from itune.checkpoint import compare_configs
 from itune.config import Config
 from itune.evaluators import check_held_out, find_evaluator
 from itune.judge import check_patience
@@ -21,6 +21,7 @@ from itune.models.tail import shortened
 from itune.objectives.sft import make_sft
 from itune.optim import make_optimizer, make_schedule
 from itune.plan.check import one_line
+from itune.run_source import check_source
 from itune.runtime.secrets import redact_tree
 from itune.sharding import batch_sharding, make_mesh
 from itune.spikes import with_window
@@ -178,10 +179,8 @@ def model_settings(config: Config, tokenizer: Any) -> dict[str, Any]:
     return {**settings, "vocab_size": tokenizer.vocab_size}
 
 
-def check_resume(
-    workdir: Path, saved: Any, config: Config, data: Data | None, log: Log, model: Any = None
-) -> None:
-    """Raise InputError when `config`, `data` and `model` may not continue the run that saved this checkpoint.
+def check_resume(workdir: Path, saved: Any, config: Config, data: Data | None, log: Log) -> None:
+    """Raise InputError when `config` and `data` may not continue the run that saved this checkpoint.
 
     Without `data` only what needs none is compared, so that it is said before anything is prepared.
     """
@@ -189,9 +188,6 @@ def check_resume(
     refused, allowed = compare_configs(saved.config, redact_tree(config.to_dict()), same_data)
     if not same_data and not refused:
         refused.append("the content of the training data, the tokenizer or the chat template is not what it was")
-    if model is not None:
-        refused += [f"{config.model.path}/config.json: {line}" for line in
-                    compare_models(saved.data.get("model"), model.config)]  # fmt: skip
     total = saved.data["total_steps"]
     if data is not None and data.loader.total_steps < total:
         refused.append(f"the run has {total} steps, it would have {data.loader.total_steps} (may only grow)")
@@ -201,6 +197,7 @@ def check_resume(
             + "\nset these back to continue that run, or choose another --workdir"
         )
     if data is not None:
+        check_source(config.model, data.tokenizer, saved.data, log)
         for line in allowed:
             log(f"resumed with a change: {line}")
         if data.loader.total_steps > total:

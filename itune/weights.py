@@ -10,10 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from itune.checkpoint import Store, compare_models
+from itune.checkpoint import Store
 from itune.config import Config
 from itune.data.templates import load_tokenizer
 from itune.models import load_model, load_pretrained
+from itune.run_source import check_source
 from itune.setup_run import Plan, make_tuning, model_settings
 from itune.start_run import open_start, run_config
 from itune.step import init_state
@@ -55,7 +56,7 @@ def base_weights(config: Config, model: Any, tokenizer: Any, log: Log, step: int
         raise InputError(f"train.init_from: {folder} has no checkpoint; it must be a run directory")
     log(f"start from the parameters of {start}, step {step}")
     theirs = run_config(folder)
-    their_model, their_tokenizer = _their_model(theirs, model, tokenizer)
+    their_model, their_tokenizer = _their_model(theirs, model, tokenizer, store.read(step).data, log)
     tuning = make_tuning(theirs, their_model)
     params = tuning.merged(*saved_halves(theirs, their_model, their_tokenizer, store, step, log))
     return _brought(params, their_model, model, start)
@@ -88,13 +89,7 @@ def _start_steps(config: Config, log: Log) -> Iterator[int | None]:
 
 
 def saved_halves(config: Config, model: Any, tokenizer: Any, store: Store, step: int, log: Log) -> tuple[Any, Any]:
-    """(trainable, frozen) of a run's checkpoint; `config` is that run's.
-
-    Raises InputError where `model` is not of the architecture that was trained: the shapes of arrays do not tell that.
-    """
-    if differ := compare_models(store.read(step).data.get("model"), model.config):
-        raise InputError(f"{config.model.path}: its config.json is not the one that {store.folder.parent} trained; put "
-                         "the original there again:\n  " + "\n  ".join(differ))
+    """(trainable, frozen) of a run's checkpoint; `config` is that run's."""
     trainable, frozen = make_tuning(config, model).abstract()
     trainable = store.restore_part(step, "trainable", trainable)
     if frozen:
@@ -102,14 +97,19 @@ def saved_halves(config: Config, model: Any, tokenizer: Any, store: Store, step:
     return trainable, frozen
 
 
-def _their_model(theirs: Config, model: Any, tokenizer: Any) -> tuple[Any, Any]:
-    """Model and tokenizer of another run, on our mesh: its dtypes and vocabulary are its own."""
+def _their_model(theirs: Config, model: Any, tokenizer: Any, saved: dict[str, Any], log: Log) -> tuple[Any, Any]:
+    """Model and tokenizer of another run, whose checkpoint has the data `saved`, on our mesh, in its own dtypes.
+
+    Raises InputError where another model lies now where it began.
+    """
     path, template = theirs.model.path, theirs.data.chat_template
     try:
         own = load_tokenizer(path, template, theirs.model.revision or None)
-        return load_model(path, model.mesh, **model_settings(theirs, own)), own
+        found = load_model(path, model.mesh, **model_settings(theirs, own))
     except InputError:  # what it began from is gone: of a run that trained everything nothing else is needed
         return dataclasses.replace(model, param_dtype=theirs.model.param_dtype), tokenizer
+    check_source(theirs.model, own, saved, log)
+    return found, own
 
 
 def _brought(params: Any, theirs: Any, ours: Any, start: str) -> Any:

@@ -291,6 +291,35 @@ def test_a_failure_names_the_folder_that_was_asked_for(source, tuned, tmp_path, 
         assert str(tmp_path / "out") in str(caught.value) and "exporting" not in str(caught.value)
 
 
+def test_chat_templates_with_names_go_along(source, tmp_path):
+    import transformers
+
+    folder = shutil.copytree(source, tmp_path / "source")
+    each = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(each)
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "rag.jinja").write_text("rag: {{ messages[0].content }}")
+    tokenizer = load_tokenizer(str(folder))
+    model, params = load_pretrained(folder, vocab_size=tokenizer.vocab_size)
+    export_pretrained(tmp_path / "out", model, params, folder, tokenizer)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    chat = [{"role": "user", "content": "Hi"}]
+    assert theirs.apply_chat_template(chat, tokenize=False, chat_template="rag") == "rag: Hi"
+    record = json.loads((tmp_path / "out" / "itune_proof.json").read_text())
+    assert "additional_chat_templates/rag.jinja" in record["sha256"] and verify_folder(tmp_path / "out") == []
+    (tmp_path / "out" / "additional_chat_templates" / "rag.jinja").write_text("")
+    assert verify_folder(tmp_path / "out") == ["additional_chat_templates/rag.jinja: other bytes"]
+
+
+@pytest.mark.parametrize("size", [0, -5e9, float("nan")])
+def test_weight_files_of_no_size_are_refused(source, tmp_path, size):
+    message = r"largest weight file \(--shard-gb\): found (0|-5|nan) GB; expected more than 0"
+    with pytest.raises(InputError, match=message):
+        export.export_run(tmp_path / "no run", tmp_path / "out", max_shard_bytes=size)
+    with pytest.raises(InputError, match=message):
+        export_pretrained(tmp_path / "out", *load_pretrained(source), source, max_shard_bytes=size)
+
+
 def test_a_run_is_exported(source, tuned, tmp_path, monkeypatch):
     import itune.saved_run
 

@@ -14,7 +14,7 @@ FLOORS = [
     ("cli", "usage", "__main__"),
     ("demo", "verify"),
     ("loop", "plan", "export", "report", "chat", "setup_run", "saved_run", "judge", "weights", "run_record",
-     "start_run", "at_hand", "ahead", "kept_step", "targets"),
+     "start_run", "run_source", "at_hand", "ahead", "kept_step", "targets"),
     ("evaluators", "checkpoint", "runtime", "feed", "progress", "skipped"),
     ("step",),
     ("objectives", "optim", "decode", "flops", "tuning", "spikes"),

@@ -12,6 +12,8 @@ import pytest
 import tiny_run
 
 from itune.cli import main
+from itune.config import load_config
+from itune.run_source import check_source
 from itune.saved_run import load_run
 
 
@@ -160,3 +162,26 @@ def test_the_home_folder_in_an_option(start, tmp_path, monkeypatch, tiny_folder)
     code, said = start("unused", "--config.model.path=~/model", "--workdir=~/run")
     assert code == 0, said
     assert (tmp_path / "home" / "run" / "config.json").is_file() and not (tmp_path / "~").exists()
+
+
+def test_another_model_of_the_same_shapes_where_the_run_began(start, tiny_folder, tmp_path, capsys):
+    """Checkpoints hold weights alone; an export takes the rest from `model.path`, where another may lie."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_folder / "model", model)
+    assert start("a", "--config.model.path=model")[0] == 0
+    config, written = model / "config.json", (model / "config.json").read_text()
+
+    def export(out):
+        return main(["export", "--workdir", "a", "--out", out]), "".join(capsys.readouterr())
+
+    config.write_text(json.dumps(json.loads(written) | {"rms_norm_eps": 0.01, "rope_parameters": {"rope_theta": 77.0}}))
+    refused = "its config.json is not that of the model which this run began with (rms_norm_eps, rope_parameters diff"
+    code, said = export("out")
+    assert code == 2 and refused in said and not (tmp_path / "out").exists()
+    code, said = start("a", "--config.model.path=model", steps=3)
+    assert code == 2 and refused in said
+    config.write_text(json.dumps(json.loads(written) | {"transformers_version": "9", "dtype": "bfloat16"}))
+    (model / "generation_config.json").write_text('{"temperature": 0.1}')
+    code, said = export("out")
+    assert code == 0 and "warning: model: generation_config.json changed since this run began; what is there" in said
+    check_source(load_config("default", {"model.path": str(model)}).model, None, {"step": 3}, pytest.fail)  # as of old

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -92,45 +90,6 @@ def compare_configs(
         else:
             allowed.append(line)
     return refused, allowed
-
-
-def describe_model(model: Any) -> dict[str, Any]:
-    """A ModelConfig as a checkpoint keeps it: plain values, as JSON gives them back."""
-    return json.loads(json.dumps(dataclasses.asdict(model)))
-
-
-def compare_models(saved: Mapping[str, Any] | None, model: Any) -> list[str]:
-    """What differs between the architecture that a checkpoint was trained with and a ModelConfig, a line each.
-
-    Its arrays tell of shapes alone. A checkpoint of an earlier release has no record, or lacks newer fields: these
-    count as unchanged, and so does what changes no number of a run.
-    """
-    before, after = _by_path(saved or {}), _by_path(describe_model(model))
-    differ = [path for path in before if path in after and before[path] != after[path]]
-    return [f"{path}: {_shown(before[path])} there, {_shown(after[path])} here"
-            for path in differ if path not in ("vocab_size", "init_std", "max_length")]  # fmt: skip
-
-
-def _by_path(value: Any, path: str = "") -> dict[str, Any]:
-    """Dotted path -> value; kinds.rope.base has that of every layer."""
-    found: dict[str, Any] = {}
-    for name, item in value.items():
-        inner = f"{path}{name}"
-        if isinstance(item, Mapping):
-            found.update({inner: "some", **_by_path(item, f"{inner}.")})  # where the other side may have None
-        elif item and isinstance(item, list) and isinstance(item[0], Mapping):
-            parts = [_by_path(part, f"{inner}.") for part in item]
-            for key in dict.fromkeys(key for part in parts for key in part):
-                found[key] = [part.get(key) for part in parts]
-        else:
-            found[inner] = item
-    return found
-
-
-def _shown(value: Any) -> str:
-    """A value in a line; of all layers each different one once."""
-    different = list(dict.fromkeys(map(repr, value))) if isinstance(value, list) else [repr(value)]
-    return ", ".join(different[:4]) + (", ..." if len(different) > 4 else "")
 
 
 def _grows(before: Any, after: Any) -> bool:

@@ -19,6 +19,7 @@ from itune.export.record import commit_of, run_record
 from itune.export.target import barrier, check_target, staged
 from itune.models import Model, forward, load_model, save_pretrained
 from itune.models.hf.files import find_folder
+from itune.models.hf.write import check_shard_size
 from itune.models.lora import Lora
 from itune.models.peft import check_exportable, read_adapter, write_adapter
 from itune.runtime import distributed
@@ -113,6 +114,7 @@ def export_run(
     """Export a run's checkpoint (the newest, or that of `step`); says what was written and proven. See above."""
     from itune.saved_run import load_run
 
+    check_shard_size(max_shard_bytes)
     check_target(Path(out), _needed(Path(workdir)))
     run = load_run(workdir, step, log=log)
     section = run.config.model
@@ -161,7 +163,7 @@ def export_adapter(
 
     folder = Path(out)
     check_target(folder, _needed(Path(workdir)))
-    if (Path(workdir) / "config.json").is_file():
+    if _is_run(Path(workdir)):
         config = run_config(Path(workdir))
         if not config.lora.rank:
             raise InputError(f"{workdir}: this run tuned without LoRA and has no adapter; export it without --adapter")
@@ -200,6 +202,11 @@ def export_adapter(
 def _needed(workdir: Path) -> dict[str, Path]:
     """The folders that an export of this run reads, by what a message calls them."""
     needed = {"the run": workdir}
-    if (workdir / "config.json").is_file():
+    if _is_run(workdir):
         needed["the model that training started from"] = Path(run_config(workdir).model.path)
     return needed
+
+
+def _is_run(workdir: Path) -> bool:
+    """Where not, `load_run` says why."""
+    return (workdir / "config.json").is_file() and (workdir / "checkpoints").is_dir()

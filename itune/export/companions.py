@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from itune.data.stops import GENERATION, stop_ids
+from itune.export.hashes import MORE_TEMPLATES
 from itune.models.hf.files import read_json
 
 # what the tokenizers and generation of transformers read; everything else in a source folder is not ours to pass on
@@ -23,6 +24,9 @@ def write_tokenizer(folder: Path, origin: Path, tokenizer: Any) -> None:
         for name in TOKENIZER_FILES:
             if (origin / name).is_file():
                 shutil.copyfile(origin / name, folder / name)
+        for file in origin.glob(f"{MORE_TEMPLATES}/*.jinja"):
+            (folder / MORE_TEMPLATES).mkdir(exist_ok=True)
+            shutil.copyfile(file, folder / MORE_TEMPLATES / file.name)
     else:
         _tokenizer_of(tokenizer).hf.save_pretrained(folder)
 

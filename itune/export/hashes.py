@@ -12,14 +12,16 @@ from itune.models.hf.files import Tensor, read_header, read_json, weight_files
 from itune.types import RunError
 
 PROOF = "itune_proof.json"
+MORE_TEMPLATES = "additional_chat_templates"  # a folder of chat templates with names, as transformers writes it
 CHUNK = 8 << 20
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
     """File name -> hash, of all files but the proof."""
-    files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name != PROOF]
+    inside = sorted([*folder.iterdir(), *folder.glob(f"{MORE_TEMPLATES}/*")])
+    files = [path for path in inside if path.is_file() and path.name != PROOF]
     with ThreadPoolExecutor(4) as pool:
-        return dict(zip([path.name for path in files], pool.map(_file, files), strict=True))
+        return dict(zip([str(path.relative_to(folder)) for path in files], pool.map(_file, files), strict=True))
 
 
 def tensor_hashes(folder: Path) -> dict[str, str]:

@@ -4,16 +4,8 @@ import dataclasses
 
 import pytest
 
-from itune.checkpoint.compatible import (
-    CLASSES,
-    SECTIONS,
-    classify,
-    compare_configs,
-    compare_models,
-    describe_model,
-)
+from itune.checkpoint.compatible import CLASSES, SECTIONS, classify, compare_configs
 from itune.config import Config, all_keys, from_dict
-from itune.models import LayerKind, ModelConfig, Rope
 
 
 def test_table_names_only_keys_and_sections_that_exist():
@@ -60,20 +52,3 @@ def test_a_run_may_grow_but_not_shrink():
 
 def test_same_config_has_no_difference():
     assert compare_configs(Config().to_dict(), Config().to_dict()) == ([], [])
-
-
-def test_models_are_compared_by_what_the_record_has():
-    kinds = tuple(LayerKind(rope=Rope(base=base)) for base in (10.0, 20.0, 10.0))
-    model = ModelConfig(264, 16, 3, 4, 2, 8, 24, kinds, max_length=128)
-    saved = describe_model(model)
-    assert compare_models(saved, model) == compare_models(None, model) == []
-    older = {**saved, "kinds": [{"window": None, "rope": {"base": rope.base}} for rope in (k.rope for k in kinds)]}
-    assert compare_models({name: older[name] for name in ("width", "kinds", "norm_eps")}, model) == []
-    without = dataclasses.replace(model, kinds=(kinds[0], LayerKind(rope=None), kinds[2]), max_length=9, init_std=1.0)
-    assert [line.partition(":")[0] for line in compare_models(older, without)] == ["kinds.rope", "kinds.rope.base"]
-    bare = dataclasses.replace(model, kinds=(LayerKind(rope=None),) * 3)
-    assert compare_models(saved, bare) == ["kinds.rope: 'some' there, None here"]
-    assert compare_models(describe_model(bare), model) == ["kinds.rope: None there, 'some' here"]
-    swapped = dataclasses.replace(model, kinds=(kinds[1], kinds[0], kinds[0]), activation="gelu")
-    assert compare_models(saved, swapped) == ["kinds.rope.base: 10.0, 20.0 there, 20.0, 10.0 here",
-                                              "activation: 'silu' there, 'gelu' here"]

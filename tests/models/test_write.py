@@ -101,6 +101,17 @@ def test_config_keeps_its_spelling_and_only_what_changed(base_folder, tmp_path):
     assert {entry[0] for entry in stored(tmp_path / "new").values()} == {"BF16"}
 
 
+def test_a_config_that_says_its_dtype_twice_says_the_new_one_twice(base_folder, tmp_path):
+    source = shutil.copytree(base_folder, tmp_path / "source")
+    config = json.loads((source / "config.json").read_text()) | {"dtype": "bfloat16", "torch_dtype": "bfloat16"}
+    (source / "config.json").write_text(json.dumps(config))
+    model, params = itune.models.load_pretrained(source)
+    itune.models.save_pretrained(tmp_path / "out", model, params, source=source, dtype="float32")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written == config | {"dtype": "float32", "torch_dtype": "float32"}
+    assert str(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype) == "torch.float32"
+
+
 def test_each_tensor_keeps_its_own_dtype(base_folder, tmp_path):
     import ml_dtypes
 

@@ -51,6 +51,7 @@ def save_pretrained(
     Raises InputError when the folder exists and is not empty, RunError when the disk fails; then nothing is left.
     """
     folder = Path(folder)
+    check_shard_size(max_shard_bytes)
     if folder.is_dir() and any(folder.iterdir()):
         raise InputError(f"{folder}: exists and is not empty; expected a new folder")
     origin = None if source is None else find_folder(source, revision)
@@ -141,6 +142,12 @@ def _outputs(model: Model, params: Any, plan: Plan | None, dtype: str | None) ->
     return sorted(outputs.values(), key=lambda output: output.name)
 
 
+def check_shard_size(limit: float) -> None:
+    """Raise InputError for a size of weight files that none can have."""
+    if not limit > 0:
+        raise InputError(f"largest weight file (--shard-gb): found {limit / 1e9:g} GB; expected more than 0")
+
+
 def _shards(outputs: list[Output], limit: float) -> dict[str, list[Output]]:
     """File name -> its tensors, in order, each file at most `limit` bytes unless one tensor is larger."""
     groups: list[list[Output]] = [[]]
@@ -199,7 +206,7 @@ def _config(model: Model, hf: dict[str, Any] | None, dtype: str | None) -> dict[
     if model.config.vocab_size != hf["vocab_size"]:
         changed["vocab_size"] = model.config.vocab_size
     if dtype:
-        changed["torch_dtype" if "torch_dtype" in hf else "dtype"] = dtype
+        changed |= dict.fromkeys({"dtype", "torch_dtype"} & set(hf) or {"dtype"}, dtype)
     return changed
 
 
