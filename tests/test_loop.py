@@ -304,7 +304,7 @@ def test_another_architecture_of_the_same_shapes_is_refused(inputs, copy, tmp_pa
     stored = json.loads((other / "config.json").read_text())
     changed = {**stored, "rope_theta": 77.0, "rms_norm_eps": 0.01, "hidden_act": "gelu", "max_position_embeddings": 200}
     (other / "config.json").write_text(json.dumps(changed))
-    said = r"its config\.json is not that of the model which this run began with \(.*hidden_act.*rms_norm_eps.* differ\)"
+    said = r"its config\.json is not that of the model which this run began with \(.*hidden_act.*rms_norm_eps"
     with pytest.raises(InputError, match=said):
         train(settings(inputs, model={"path": str(other)}), copy)
     run = json.loads((copy / "config.json").read_text())
