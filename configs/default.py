@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
     c.model.compute_dtype = "float32"  # dtype of matrix products: bfloat16 on accelerators
     c.model.attention = "auto"  # auto chooses by device: blocks (CPU), cudnn or pallas (GPU), splash (TPU)
 
-    c.data = ConfigDict(convert_dict=False)
+    c.data = ConfigDict(convert_dict=False, type_safe=False)  # a recipe may set several files; the Config checks types
     c.data.train = ""  # JSONL (.gz, .zst), Parquet, folder, glob (here, gs://, s3://), hub id, tfds:NAME; or a tuple
     c.data.eval = ""  # the same, for held-out items that stand in files of their own
     c.data.format = "auto"  # auto | messages | sharegpt | alpaca | prompt_completion

@@ -24,6 +24,7 @@ from itune.data_section import key as _key
 from itune.types import InputError
 
 Dtype = Literal["float32", "bfloat16"]
+_LARGEST = 2**31 - 1  # of a whole number whose key names no bound
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +112,7 @@ class CheckpointSection:
 @dataclasses.dataclass(frozen=True)
 class EvalSection:
     every: int = _key(0, "steps, 0 is only before and after", 0)
-    batch_size: int = _key(16, "rows", 1)
+    batch_size: int = _key(16, "rows", 1, 65536)
     max_new_tokens: int = _key(64, "tokens", 1)
     limit: int = _key(0, "items, 0 is all", 0)
     score: str = _key("exact", "name or package.module:function")
@@ -141,7 +142,7 @@ class ProfileSection:
 class Config:
     """The resolved config of a run: every key that `configs/default.py` explains."""
 
-    seed: int = _key(0, "number", 0)
+    seed: int = _key(0, "number", 0, 2**63 - 1)
     compat: Literal["", "trl"] = _key("", "name")
     evaluators: tuple = _key(("heldout_loss",), "names")
     model: ModelSection = dataclasses.field(default_factory=ModelSection)
@@ -242,8 +243,8 @@ def _run_recipe(path: Path) -> Any:
     except InputError:
         raise
     except (Exception, SystemExit) as error:
-        lines = [frame.lineno for frame in _frames(error) if frame.filename == str(path)]
-        if isinstance(error, SyntaxError) and error.filename == str(path):
+        lines = [frame.lineno for frame in _frames(error) if frame.filename == module_spec.origin]
+        if isinstance(error, SyntaxError) and error.filename == module_spec.origin:
             lines.append(error.lineno)
         line = lines[-1] if lines else 1
         text = str(error).strip('"').replace("\\n", " ").splitlines()[0] if str(error) else ""
@@ -359,13 +360,18 @@ def _checked(key: str, value: Any, annotation: Any, meta: Mapping[str, Any]) -> 
     if isinstance(value, list):
         value = tuple(value)
     if isinstance(value, int) and not isinstance(value, bool) and float in kinds:
-        value = float(value)
+        value = float(value) if abs(value) < 1e308 else math.inf
     if isinstance(value, float) and int in kinds and value.is_integer():
         value = int(value)
     if not isinstance(value, tuple(kinds)) or (isinstance(value, bool) and bool not in kinds):
         expected = " or ".join(kind.__name__ for kind in kinds)
         raise InputError(f"config: {key}{unit} must be {expected}, found {type(value).__name__} {value!r}")
+    if isinstance(value, tuple | dict) and (strange := [item for item in value if not isinstance(item, str)]):
+        what, found = "keys" if isinstance(value, dict) else "items", strange[0]
+        raise InputError(f"config: {key}{unit} must have texts as {what}, found {type(found).__name__} {found!r}")
     low, high = meta.get("low"), meta.get("high")
+    if int in kinds and high is None:
+        high = _LARGEST
     if isinstance(value, int | float) and not isinstance(value, bool):
         too_low = low is not None and (value < low or (meta["low_open"] and value == low))
         too_high = high is not None and (value > high or (meta["high_open"] and value == high))
@@ -374,5 +380,5 @@ def _checked(key: str, value: Any, annotation: Any, meta: Mapping[str, Any]) -> 
             most = "below" if meta["high_open"] else "at most"
             bound += f"{' and ' if bound else ''}{most} {high}" if high is not None else ""
             bound = bound or "a finite number"
-            raise InputError(f"config: {key}{unit} must be {bound}, found {value}")
+            raise InputError(f"config: {key}{unit} must be {bound}, found {str(value)[:40]}")
     return value

@@ -91,5 +91,5 @@ class DataSection:
     temperature: float = key(0.0, "exponent 1/T, 0 is off", 0.0)
     balance: dict = key({}, "category -> share")
     max_repeats: float = key(0.0, "passes over a source, 0 is off", 0.0)
-    draws: int = key(0, "examples an epoch", 0)
+    draws: int = key(0, "examples an epoch", 0, 10**9)
     cache_dir: str = key("", "folder")

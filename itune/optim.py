@@ -22,6 +22,7 @@ Schedule = Callable[[Any], Any]
 # what weight decay leaves alone: norms and biases, by any part of a parameter's path
 NO_DECAY = re.compile(r"(^|_)(norm|layernorm|rmsnorm|bias)($|_|\d)")
 DECAY_SHARE_OF_WSD = 0.2
+_MOST_STEPS = 10_000_000  # of a run: the compiled step holds the learning rate of each
 
 
 def learning_rates(section: Any, total_steps: int) -> np.ndarray:
@@ -31,7 +32,11 @@ def learning_rates(section: Any, total_steps: int) -> np.ndarray:
     (1 + cos(pi (k - w) / (T - w))) / 2; constant: 1; wsd: 1, and over the last 20 % of T linear to 0. `warmup` below 1
     is a share of T, rounded up. These are transformers' schedules (`optimization.py`; constant is its
     `constant_with_warmup`, wsd its `warmup_stable_decay` with a linear decay): a warm-up's step 0 has rate 0.
+    Raises InputError for more than ten million steps.
     """
+    if total_steps > _MOST_STEPS:
+        raise InputError(f"config: train.epochs and train.max_steps make {total_steps:,} steps; expected at most "
+                         f"{_MOST_STEPS:,}, whose learning rates fit into memory")
     warmup = math.ceil(section.warmup * total_steps) if section.warmup < 1 else int(section.warmup)
     k = np.arange(total_steps + 1, dtype=np.float64)
     left = np.maximum(0.0, total_steps - k)

@@ -47,6 +47,16 @@ def test_recipe_header_says_how_to_run_it(recipe):
         ("optimizer.learning_rate", "nan", "found"),
         ("optimizer", "3", "is a section"),
         ("model.path.x", "3", "model.path is a key, not a section"),
+        ("train.epochs", "1" + "0" * 400, "train.epochs (passes over the data) must be above 0.0, found inf"),
+        ("train.batch_size", "1" + "0" * 400, "must be at least 1 and at most 2147483647, found 1000"),
+        ("train.max_steps", "1e20", "train.max_steps (optimizer steps) must be at least 0 and at most 2147483647"),
+        ("seed", str(2**63), "seed (number) must be at least 0 and at most 9223372036854775807, found 92233720"),
+        ("data.draws", "1e20", "data.draws (examples an epoch) must be at least 0 and at most 1000000000, found 1000"),
+        ("eval.batch_size", "1e20", "eval.batch_size (rows) must be at least 1 and at most 65536, found 1000"),
+        ("evaluators", "(1,)", "evaluators (names) must have texts as items, found int 1"),
+        ("data.train", "['a', 1]", "must have texts as items, found int 1"),
+        ("data.mixture", "{1: 2}", "data.mixture (source -> weight) must have texts as keys, found int 1"),
+        ("optimizer.rates", "{1: 2}", "must have texts as keys, found int 1"),
     ],
 )
 def test_wrong_override_is_one_clear_error(key, value, said):
@@ -72,6 +82,21 @@ def test_overrides_take_the_type_of_their_key():
     assert config.evaluators == ("heldout_loss",)
 
 
+def test_a_recipe_sets_files_by_tuple_and_by_name(tmp_path):
+    """What `configs/default.py` promises of keys whose default is a text; the types are checked by the Config."""
+    recipe = tmp_path / "mine.py"
+    head = "from itune.config import default_config\n\ndef get_config():\n    c = default_config()\n"
+    recipe.write_text(f"{head}    c.data.train = ('a', 'b')\n    c.data.eval = {{'x': 'y'}}\n"
+                      "    c.data.benchmarks = ['c']\n    c.data.held_out_share = 0\n    return c\n")
+    data = cfg.load_config(recipe).data
+    assert (data.train, data.eval, data.benchmarks, data.held_out_share) == (("a", "b"), {"x": "y"}, ("c",), 0.0)
+    wrong = {"c.data.packing = 'no'": "data.packing .* must be bool", "c.data.trian = 'x'": r"mine\.py:5: .*trian"}
+    for line, said in wrong.items():
+        recipe.write_text(f"{head}    {line}\n    return c\n")
+        with pytest.raises(InputError, match=said):
+            cfg.load_config(recipe)
+
+
 def test_missing_recipe_names_the_nearest():
     with pytest.raises(InputError, match=r"nearest: sft"):
         cfg.load_config("sftt")
@@ -92,11 +117,16 @@ def test_what_is_no_config_is_said(name, content, said, tmp_path):
         cfg.load_config(tmp_path / name)
 
 
-def test_recipe_that_raises_is_named_with_its_line(tmp_path):
+def test_recipe_that_raises_is_named_with_its_line(tmp_path, monkeypatch):
     recipe = tmp_path / "mine.py"
     recipe.write_text(
         "from itune.config import default_config\n\ndef get_config():\n    c = default_config()\n"
         "    c.optimizer.learning_rte = 1\n    return c\n"
     )
-    with pytest.raises(InputError, match=r"mine.py:5: .*learning_rte.*Did you mean"):
-        cfg.load_config(recipe)
+    monkeypatch.chdir(tmp_path)
+    for path in (recipe, "mine.py", "./mine.py", f"../{tmp_path.name}/mine.py"):
+        with pytest.raises(InputError, match=r"mine.py:5: .*learning_rte.*Did you mean"):
+            cfg.load_config(path)
+    recipe.write_text("x = 1\ndef y(:\n")
+    with pytest.raises(InputError, match=r"^mine\.py:2: SyntaxError"):
+        cfg.load_config("mine.py")

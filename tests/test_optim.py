@@ -178,3 +178,8 @@ def test_every_listed_optimizer_takes_a_step():
     assert {"adamw", "adafactor", "sgd", "lion", "adam"} <= set(names)
     for name in names:
         optim.make_optimizer(OptimizerSection(name=name), 5, params)  # the tree makes it trace an update
+
+
+def test_more_steps_than_rates_fit_into_memory_are_refused():
+    with pytest.raises(InputError, match=r"train\.max_steps make 1,000,000,000 steps; .* at most 10,000,000,"):
+        optim.make_schedule(OptimizerSection(), 10**9)

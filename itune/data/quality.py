@@ -140,7 +140,10 @@ def find_predicate(name: str) -> Predicate:
 
 def predicate_digest(name: str) -> str:
     """Hash of the file that a predicate stands in, so that data filtered by other code are made anew."""
-    path = inspect.getsourcefile(find_predicate(name))
+    try:
+        path = inspect.getsourcefile(find_predicate(name))
+    except TypeError as error:  # built into Python, or an object that can be called
+        raise InputError(f"data.predicate: {name!r} has no source file; expected a Python function") from error
     return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""
 
 

@@ -13,6 +13,10 @@ from types import TracebackType
 _GRACE = 30.0  # seconds after which the C-level alarm speaks, when a library that keeps the interpreter's lock hangs
 
 
+_PAUSE = 1.0  # seconds between two looks
+_LONGEST = 1e9  # seconds that the C-level alarm can count
+
+
 class Watchdog:
     """Context manager: the process leaves with exit code 1 when `beat` is not called for `seconds`.
 
@@ -69,10 +73,10 @@ class Watchdog:
         return True
 
     def _watch(self) -> None:
-        pause = min(1.0, self.seconds / 4)
+        pause = min(_PAUSE, self.seconds / 4)
         while not self._end.wait(pause):
             if self._last is not None:
-                faulthandler.dump_traceback_later(self.seconds + _GRACE, exit=True, file=2)
+                faulthandler.dump_traceback_later(min(self.seconds + _GRACE, _LONGEST), exit=True, file=2)
             else:
                 faulthandler.cancel_dump_traceback_later()
             if self.look():

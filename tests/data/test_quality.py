@@ -116,6 +116,12 @@ def test_bad_predicates_name_the_reason(module, name, message):
         quality.check(ROWS, predicate=name.format(module))
 
 
+@pytest.mark.parametrize("name", ["os:getcwd", "math:sqrt"])
+def test_a_predicate_without_source_is_refused(name):
+    with pytest.raises(InputError, match=f"data.predicate: '{name}' has no source file; expected a Python function"):
+        quality.predicate_digest(name)
+
+
 def test_planting_is_repeatable_and_keeps_the_truth_outside(real_rows):
     base = real_rows["p3_sample"][:120] + real_rows["gsm8k_messages"][:60]
     for kind, (_, appends) in KINDS.items():

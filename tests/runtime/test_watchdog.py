@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 
 from itune.runtime.watchdog import Watchdog
 
@@ -34,3 +35,13 @@ def test_hung_process_leaves_with_exit_code_1_and_all_stacks():
 def test_zero_seconds_is_off():
     with Watchdog(0, lambda seconds: "") as dog:
         assert dog._thread is None
+
+
+def test_a_time_beyond_any_clock_is_no_failure(monkeypatch):
+    failed = []
+    monkeypatch.setattr(threading, "excepthook", failed.append)
+    monkeypatch.setattr("itune.runtime.watchdog._PAUSE", 0.01)
+    with Watchdog(1e300, lambda seconds: "") as dog:
+        dog._thread.join(0.2)
+        assert dog._thread.is_alive()
+    assert not failed
