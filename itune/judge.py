@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from itune import evaluators
 from itune.checkpoint.retention import lower_is_better
@@ -25,8 +27,15 @@ class Judge:
         self.config, self.workdir = config, workdir
         self.results: dict[int, dict[str, Any]] = {}
 
-    def resume(self, step: int) -> None:
-        """Take up what the run directory holds of evaluations up to `step`."""
+    def resume(self, step: int, log: Callable[[str], None]) -> None:
+        """Take up what the run directory holds of evaluations up to `step`. A damaged summary counts as none."""
+        for path in (self.workdir / "eval").glob("*/summary.json"):
+            try:
+                evaluators.read_summaries(path)
+            except InputError as error:
+                log(f"warning: {error}; it counts as absent and now stands in damaged-{path.name} there")
+                if jax.process_index() == 0:
+                    path.replace(path.with_name(f"damaged-{path.name}"))
         steps = [int(path.name) for path in (self.workdir / "eval").glob("[0-9]*") if path.name.isdecimal()]
         self.results = {found: read_summary(self.workdir, found) for found in sorted(steps) if found <= step}
 
@@ -93,5 +102,8 @@ def check_patience(config: Config) -> None:
 
 
 def read_summary(workdir: Path, step: int) -> dict[str, Any]:
-    """{evaluator: summary} of a step as the run directory has it; {} where there is none."""
-    return evaluators.read_json(workdir / "eval" / str(step) / "summary.json")
+    """{evaluator: summary} of a step as the run directory has it; {} where there is none, or a damaged one."""
+    try:
+        return evaluators.read_summaries(workdir / "eval" / str(step) / "summary.json")
+    except InputError:
+        return {}

@@ -43,7 +43,7 @@ from itune.storage.cache import local_workdir
 from itune.tuning import frozen_digest
 from itune.types import InputError, RunError
 from itune.weights import first_state, resumed_state
-from itune.writers import Writers, cut_back, read_metrics
+from itune.writers import Writers, cut_back, mend_metrics
 
 OnStep = Callable[[int, Mapping[str, Any]], None]
 _SAVE, _STOP = 1, 2  # what processes ask of each other
@@ -124,7 +124,7 @@ class Run:
         if warning := shared_with_everyone(self.workdir):
             self.log(warning)
         self.store.open()
-        saved, logged = None, read_metrics(self.workdir / "metrics.jsonl")
+        saved, logged = None, mend_metrics(self.workdir / "metrics.jsonl", self.log, self.first)
         if (step := self.store.newest_good()) is not None:
             saved = self.store.read(step)
             check_resume(self.workdir, saved, self.config, None, self.log)
@@ -137,7 +137,7 @@ class Run:
             check_resume(self.workdir, saved, self.config, data, self.log)
             self.done = self.saved_step = saved.step
             self.skipped.total, self.skipped.in_row = saved.data.get("skipped", (0, 0))
-            self.judge.resume(self.done)
+            self.judge.resume(self.done, self.log)
             self.stalled = self.judge.stalled()
             self.store.set_aside_after(saved.step)
             self.store.retain()  # a killed run may not have got to it

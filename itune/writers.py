@@ -11,7 +11,7 @@ import shutil
 import socket
 import struct
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,22 +98,50 @@ class Writers:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The logged steps of a `metrics.jsonl`, in order; a last line that a crash cut short is left out."""
-    if not path.is_file():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n") and line.strip():
-            records.append(json.loads(line))
+    """The logged steps of a `metrics.jsonl`, in order; a last line that a crash cut short is left out.
+
+    Raises InputError, with the line, for a file that holds anything else.
+    """
+    records, wrong = _records(path)
+    if wrong:
+        raise InputError(f"{path}:{wrong}: is no record of a step; expected a JSON object with its number as step")
     return records
+
+
+def mend_metrics(path: Path, log: Callable[[str], None], write: bool = True) -> list[dict[str, Any]]:
+    """`read_metrics` for a run that goes on: a damaged file is cut at its first line that is no record, which is said.
+
+    `write` False (the processes other than the first) leaves the file.
+    """
+    records, wrong = _records(path)
+    if wrong:
+        log(f"warning: {path}:{wrong}: is no record of a step; the file is cut there")
+        if write:
+            write_atomically(path, (dump(record) + "\n" for record in records))
+    return records
+
+
+def _records(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The records up to the first line that is none, and that line's number; 0 where all are."""
+    records: list[dict[str, Any]] = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.is_file() else (), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line.decode())
+        except ValueError:
+            return records, number
+        if not isinstance(record, dict) or type(record.get("step")) is not int:
+            return records, number
+        records.append(record)
+    return records, 0
 
 
 def cut_back(workdir: Path, step: int) -> None:
     """Remove from `metrics.jsonl` and `eval/` what belongs to steps after `step`."""
     path = workdir / "metrics.jsonl"
     if path.is_file():
-        kept = [record for record in read_metrics(path) if record["step"] <= step]
-        write_atomically(path, "".join(dump(record) + "\n" for record in kept))
+        write_atomically(path, (dump(record) + "\n" for record in _records(path)[0] if record["step"] <= step))
     for folder in (workdir / "eval").glob("[0-9]*"):
         if folder.name.isdecimal() and int(folder.name) > step:
             shutil.rmtree(folder)

@@ -8,6 +8,7 @@ import pytest
 from itune.config import from_dict
 from itune.judge import Judge, check_patience
 from itune.types import InputError
+from itune.writers import write_atomically
 
 
 def judge(tmp_path, values, metric="heldout_loss/loss", **settings):
@@ -51,9 +52,22 @@ def test_a_resumed_run_decides_alike_and_ignores_later_evaluations(tmp_path):
         (tmp_path / "eval" / str(step)).mkdir(parents=True)
         (tmp_path / "eval" / str(step) / "summary.json").write_text(json.dumps({"heldout_loss": {"loss": loss}}))
     resumed = judge(tmp_path, [], patience=1)
-    resumed.resume(20)
+    resumed.resume(20, print)
     assert resumed.stalled() == judge(tmp_path, [4.0, 3.0, 3.5], patience=1).stalled() != ""
     assert resumed.waiting(20) == [] and resumed.waiting(30) == ["heldout_loss"]
+
+
+@pytest.mark.parametrize("text", ["", '{"heldout_loss": {"lo', "[]", '{"heldout_loss": 3}'])
+def test_a_damaged_evaluation_counts_as_absent_and_is_kept_aside(tmp_path, text):
+    lines = []
+    for step, content in ((0, text), (10, '{"heldout_loss": {"loss": 1.0}}')):
+        write_atomically(tmp_path / "eval" / str(step) / "summary.json", content)
+    resumed = judge(tmp_path, [])
+    resumed.resume(10, lines.append)
+    assert resumed.results == {0: {}, 10: {"heldout_loss": {"loss": 1.0}}}
+    assert len(lines) == 1 and "eval/0/summary.json: is damaged" in lines[0]
+    assert (tmp_path / "eval" / "0" / "damaged-summary.json").read_text() == text
+    assert not (tmp_path / "eval" / "0" / "summary.json").exists()
 
 
 def test_an_evaluator_that_has_not_run_yet_counts_for_nothing(tmp_path):

@@ -149,6 +149,19 @@ def test_half_written_files_do_not_break_the_page(run):
     assert "Settings" in write_report(run).read_text()
 
 
+@pytest.mark.parametrize(("file", "content", "said"), [
+    ("metrics.jsonl", b'{"step": 1, "loss": 2}\ngarbage\n', r"metrics\.jsonl:2: is no record of a step"),
+    ("metrics.jsonl", b'{"step": 1}\n\n\0\0\0\n{"step": 2}\n', r"metrics\.jsonl:3: "),
+    ("metrics.jsonl", b'{"loss": 1}\n', r"metrics\.jsonl:1: "), ("metrics.jsonl", b"\xff\n", r"metrics\.jsonl:1: "),
+    ("eval/10/summary.json", b"", r"eval/10/summary\.json: is damaged"), ("eval/10/summary.json", b"[]", "found list"),
+    ("eval/10/generation.jsonl", b'{}\n{"sc', r"eval/10/generation\.jsonl:2: is no JSON"),
+])
+def test_damaged_numbers_are_named(run, file, content, said):
+    (run / file).write_bytes(content)
+    with pytest.raises(InputError, match=said):
+        write_report(run)
+
+
 def test_interval_is_drawn_around_zero():
     assert 'cx="100.0"' in forest(0.0, -0.1, 0.1, 0.1, False)
     assert 'class="sure"' in forest(0.5, 0.4, 0.6, 0.6, True)

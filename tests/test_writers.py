@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from itune.types import InputError
-from itune.writers import Writers, cut_back, dump, read_metrics, write_atomically
+from itune.writers import Writers, cut_back, dump, mend_metrics, read_metrics, write_atomically
 
 
 def test_a_line_a_step_and_cut_back_on_resume(tmp_path):
@@ -37,6 +37,21 @@ def test_line_cut_short_by_a_crash_is_dropped(tmp_path):
     assert [record["step"] for record in read_metrics(path)] == [1]
     cut_back(tmp_path, 5)
     assert path.read_text() == '{"step": 1, "loss": 2.0}\n'
+
+
+@pytest.mark.parametrize("line", [b"garbage", b"\0\0\0", b'{"loss": 1.0}', b"\xff\xfe", b"[3]", b'{"step": "2"}'])
+def test_a_run_that_goes_on_cuts_its_metrics_at_the_first_damaged_line(tmp_path, line):
+    path, lines = tmp_path / "metrics.jsonl", []
+    whole = b'{"step": 1, "loss": 2.0}\n' + line + b'\n{"step": 3, "loss": 1.0}\n'
+    path.write_bytes(whole)
+    with pytest.raises(InputError, match=r"metrics\.jsonl:2: is no record of a step"):
+        read_metrics(path)
+    assert [record["step"] for record in mend_metrics(path, lines.append, write=False)] == [1]
+    assert path.read_bytes() == whole
+    mend_metrics(path, lines.append)
+    assert path.read_text() == '{"step": 1, "loss": 2.0}\n' and lines == [lines[0]] * 2
+    assert f"{path}:2: is no record of a step; the file is cut there" in lines[0]
+    assert mend_metrics(path, lines.append) == read_metrics(path) and len(lines) == 2
 
 
 def test_evaluations_of_later_steps_are_removed(tmp_path):

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
-from itune.checkpoint.manifest import find_damage, read_manifest
+from itune.checkpoint.manifest import find_damage, read_manifest, step_of
+from itune.evaluators import read_summaries
 from itune.types import InputError
 
 
 def list_checkpoints(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     """A row a checkpoint, oldest step first: step, bytes (None if unknown), damage (lines), metrics.
 
-    Every byte is read to verify it. Raises InputError for a folder that holds no checkpoints.
+    Every byte is read to verify it. Raises InputError for a folder that holds no checkpoints, or a
+    damaged summary of an evaluation.
     """
     folder = Path(workdir) / "checkpoints"
-    found = [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
-    steps = sorted(int(path.name) for path in found if path.name.isdecimal())
+    found = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+    steps = sorted(step for name in found if (step := step_of(name)) is not None)
     if not steps:
         raise InputError(f"{workdir}: no checkpoints; expected a run directory with checkpoints/STEP")
     rows = []
     for step in steps:
-        damage = find_damage(folder / str(step))
+        damage = find_damage(folder / str(step), step)
         rows.append({"step": step, "bytes": None if damage else _size(folder / str(step)), "damage": damage,
                      "metrics": _metrics(Path(workdir) / "eval" / str(step) / "summary.json")})
     return rows
@@ -47,8 +48,5 @@ def _size(folder: Path) -> int:
 
 def _metrics(path: Path) -> dict[str, float]:
     """evaluator/metric -> number, of an evaluation's summary; {} where there is none."""
-    if not path.is_file():
-        return {}
-    results = json.loads(path.read_text())
-    return {f"{name}/{metric}": value for name, summary in results.items() if isinstance(summary, dict)
+    return {f"{name}/{metric}": value for name, summary in read_summaries(path).items()
             for metric, value in summary.items() if isinstance(value, int | float)}

@@ -52,12 +52,20 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def find_damage(folder: Path) -> list[str]:
-    """What is wrong in `folder`, a line each: files that are missing, of another size, or of another content."""
+def step_of(name: str) -> int | None:
+    """The step whose checkpoint a folder of this name is; None for a name that is none: `05` is not step 5."""
+    return int(name) if name.isascii() and name.isdecimal() and (name == "0" or name[0] != "0") else None
+
+
+def find_damage(folder: Path, step: int) -> list[str]:
+    """What is wrong in the checkpoint of this step, a line each: files that are missing, of another size, or of another
+    content; or all of it is of another step."""
     try:
         manifest = read_manifest(folder)
     except ValueError as error:
         return [str(error)]
+    if manifest.get("step") != step:
+        return [f"{folder / NAME} is of step {manifest.get('step')}: the folder was copied or renamed"]
     return [line for name, expected in manifest["files"].items() if (line := _check_file(folder, name, expected))]
 
 

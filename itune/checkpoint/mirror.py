@@ -81,7 +81,8 @@ class Mirror:
         """The checkpoints of the bucket that have a manifest, oldest first."""
         with reaching(self.url, RunError):
             parts = [name.split("/") for name in self.bucket.list(_CHECKPOINTS)]
-        return sorted(int(p[1]) for p in parts if len(p) == 3 and p[1].isdecimal() and p[2] == manifests.NAME)
+        found = [manifests.step_of(p[1]) for p in parts if len(p) == 3 and p[2] == manifests.NAME]
+        return sorted(step for step in found if step is not None)
 
     def take(self, say: Callable[[str], None] = print) -> None:
         """Begin a run: staging becomes the bucket's run where it is another one or older, and the bucket is told."""
@@ -178,7 +179,7 @@ class Mirror:
                 self._remove(step)
             whole = self.steps()
             parts = {name.split("/")[1] for name in self.bucket.list(_CHECKPOINTS)}
-            for step in sorted(int(part) for part in parts if part.isdecimal()):
+            for step in sorted(found for part in parts if (found := manifests.step_of(part)) is not None):
                 if step not in whole and step < max(whole, default=-1):
                     self._remove(step)
 
@@ -187,7 +188,7 @@ class Mirror:
         with reaching(self.url, RunError):
             manifest = self._here(step) / manifests.NAME
             same = manifest.is_file() and manifest.read_bytes() == self.bucket.read(self._manifest(step))
-            return [] if same and not manifests.find_damage(self._here(step)) else self.fetch(step)
+            return [] if same and not manifests.find_damage(self._here(step), step) else self.fetch(step)
 
     def fetch(self, step: int, damaged: bool = False) -> list[str]:
         """Download a checkpoint and verify it; returns its damage. With damage it is kept only where that is asked."""
@@ -200,7 +201,7 @@ class Mirror:
             with contextlib.suppress(ValueError):  # `find_damage` says what is wrong with it
                 files = manifests.read_manifest(arriving)["files"]
                 bucket.get([name for name in files if not leads_outside(name)], arriving)
-        damage = [line.replace(str(arriving), bucket.url) for line in manifests.find_damage(arriving)]
+        damage = [line.replace(str(arriving), bucket.url) for line in manifests.find_damage(arriving, step)]
         if not damage or damaged:
             shutil.rmtree(self._here(step), ignore_errors=True)
             commit(arriving, self._here(step)) if not damage else os.rename(arriving, self._here(step))
@@ -231,7 +232,7 @@ class Mirror:
 
     def _steps_here(self) -> list[int]:
         found = (self.folder / _CHECKPOINTS).glob(f"*/{manifests.NAME}")
-        return sorted(int(path.parent.name) for path in found if path.parent.name.isdecimal())
+        return sorted(step for path in found if (step := manifests.step_of(path.parent.name)) is not None)
 
     def _files_here(self) -> dict[str, tuple[int, int]]:
         found = {}

@@ -92,7 +92,7 @@ class Store:
 
     def verify(self, step: int) -> list[str]:
         """What is damaged in this checkpoint, a line for each file; empty when it is whole."""
-        return manifests.find_damage(self.path(step))
+        return manifests.find_damage(self.path(step), step)
 
     def newest_good(self) -> int | None:
         """The newest step that verifies; None when no checkpoint was ever written. Every damaged one is reported.
@@ -155,7 +155,7 @@ class Store:
             return
         for newer in [n for n in self._numbered() if n > step]:
             aside = self.folder / f"damaged-{newer}"
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(aside, ignore_errors=True) if aside.is_dir() else aside.unlink(missing_ok=True)
             os.rename(self.path(newer), aside)
             self.log(f"the damaged checkpoint of step {newer} now stands in {aside}")
         if self.mirror:
@@ -306,7 +306,8 @@ class Store:
     def _numbered(self) -> list[int]:
         if not self.folder.is_dir():
             return []
-        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal() and path.is_dir())
+        folders = [path.name for path in self.folder.iterdir() if path.is_dir()]
+        return sorted(step for name in folders if (step := manifests.step_of(name)) is not None)
 
     def _last_good(self) -> str:
         latest = self.latest()

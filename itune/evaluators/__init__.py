@@ -134,16 +134,38 @@ def write_comparison(
 
 
 def read_items(path: Path) -> list[dict[str, Any]]:
-    """The items of an evaluator's file; none where there is no such file."""
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    """The items of an evaluator's file; none where there is no such file. InputError for a line that is none."""
+    items = []
+    for number, line in enumerate(path.read_bytes().split(b"\n") if path.is_file() else (), 1):
+        try:
+            items += [json.loads(line.decode())] if line else []
+        except ValueError as error:
+            raise InputError(f"{path}:{number}: is no JSON; expected the items of an evaluation") from error
+    return items
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; {} where there is no such file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """A JSON object; {} where there is no such file. Raises InputError for another one."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise InputError(f"{path}: is damaged; expected a JSON object") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: is damaged; expected a JSON object, found {type(found).__name__}")
+    return found
+
+
+def read_summaries(path: Path) -> dict[str, dict[str, Any]]:
+    """{evaluator: summary} of a `summary.json`; {} where there is none. Raises InputError for another file."""
+    found = read_json(path)
+    if wrong := [name for name, summary in found.items() if not isinstance(summary, dict)]:
+        raise InputError(f"{path}: is damaged; expected a summary of {wrong[0]}, found {found[wrong[0]]!r}")
+    return found
 
 
 def _enter(path: Path, key: str, value: Any) -> None:
-    write_atomically(path, json.dumps({**read_json(path), key: value}, indent=2, default=plain) + "\n")
+    try:
+        before = read_summaries(path)
+    except InputError:  # it is written anew
+        before = {}
+    write_atomically(path, json.dumps({**before, key: value}, indent=2, default=plain) + "\n")

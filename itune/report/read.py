@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import os
 from pathlib import Path
 from typing import Any
 
-from itune.evaluators import flatten, read_items, read_json
+from itune.evaluators import flatten, read_items, read_json, read_summaries
 from itune.evaluators.paired import comparable, compare_judged
 from itune.types import InputError
 from itune.writers import read_metrics
@@ -30,10 +29,9 @@ class RunFiles:
     def json(self, path: str) -> dict[str, Any]:
         """A JSON file of the run; {} where there is none, or half of one."""
         try:
-            found = read_json(self.folder / path)
-        except ValueError:
+            return read_json(self.folder / path)
+        except InputError:
             return {}
-        return found if isinstance(found, dict) else {}
 
     def items(self, step: int, evaluator: str) -> list[dict[str, Any]]:
         return read_items(self.folder / "eval" / str(step) / f"{evaluator}.jsonl")
@@ -71,7 +69,7 @@ def pair(one: RunFiles, step: int, other: RunFiles, other_step: int, evaluator: 
 
 
 def read_run(workdir: str | os.PathLike) -> RunFiles:
-    """The files of a run directory. Raises InputError for another folder."""
+    """The files of a run directory. Raises InputError for another folder, and for damaged numbers."""
     folder = Path(workdir)
     records = read_metrics(folder / "metrics.jsonl")
     if not records and not (folder / "config.json").is_file():
@@ -79,7 +77,7 @@ def read_run(workdir: str | os.PathLike) -> RunFiles:
     evaluations = {}
     for path in (folder / "eval").glob("*/summary.json"):
         if path.parent.name.isdecimal():
-            evaluations[int(path.parent.name)] = json.loads(path.read_text(encoding="utf-8"))
+            evaluations[int(path.parent.name)] = read_summaries(path)
     return RunFiles(folder, records, evaluations)
 
 

@@ -39,6 +39,14 @@ def test_damage_is_named_and_the_exit_code_is_1(workdir, capsys):
     assert "run.json is damaged" in list_checkpoints(workdir)[1]["damage"][0]
 
 
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"heldout_loss": 3}'])
+def test_a_damaged_summary_is_named(workdir, capsys, text):
+    (workdir / "eval" / "10" / "summary.json").write_text(text)
+    assert main(["checkpoints", str(workdir)]) == 2
+    error = capsys.readouterr().err
+    assert f"{workdir}/eval/10/summary.json: is damaged; expected a" in error and error.count("\n") == 1
+
+
 def test_folder_without_checkpoints_is_refused(tmp_path, capsys):
     assert main(["checkpoints", str(tmp_path)]) == 2
     assert "no checkpoints; expected a run directory" in capsys.readouterr().err

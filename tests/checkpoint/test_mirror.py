@@ -196,12 +196,12 @@ def test_another_run_in_staging_is_set_aside(memory, tmp_path):
     begin_and_empty(memory, tmp_path / "one")
     mirror, store = begin(tmp_path / "one")  # the bucket was emptied: the run begins anew
     assert store.newest_good() is None and objects(memory) == ["bucket.json"]
-    assert find_damage(tmp_path / "one.aside" / "checkpoints" / "4") == []
+    assert find_damage(tmp_path / "one.aside" / "checkpoints" / "4", 4) == []
     save(mirror, 8)
     empty(memory)
     begin(tmp_path / "one")  # once more: nothing that was set aside is lost
-    assert find_damage(tmp_path / "one.aside" / "checkpoints" / "4") == []
-    assert find_damage(tmp_path / "one.aside2" / "checkpoints" / "8") == []
+    assert find_damage(tmp_path / "one.aside" / "checkpoints" / "4", 4) == []
+    assert find_damage(tmp_path / "one.aside2" / "checkpoints" / "8", 8) == []
 
 
 def test_a_bucket_that_is_gone_leaves_staging_as_it_is(memory, tmp_path, monkeypatch):
@@ -218,7 +218,7 @@ def test_a_bucket_that_is_gone_leaves_staging_as_it_is(memory, tmp_path, monkeyp
     with pytest.raises(InputError, match="no such object or bucket"):
         begin(tmp_path / "one")
     monkeypatch.undo()
-    assert find_damage(tmp_path / "one" / "checkpoints" / "4") == [] and not (tmp_path / "one.aside").exists()
+    assert find_damage(tmp_path / "one" / "checkpoints" / "4", 4) == [] and not (tmp_path / "one.aside").exists()
 
 
 def test_a_lost_record_is_written_again(memory, tmp_path):

@@ -199,6 +199,21 @@ def test_falls_back_to_the_previous_good_step(copy):
     assert store.steps() == [10] and (copy / "damaged-20").is_dir()
 
 
+def test_a_checkpoint_under_another_number_is_damaged(copy):
+    """Copied by hand, it would be believed to be that step; `05` is no number of one, a file may stand in the way."""
+    lines = []
+    store = Store(copy, log=lines.append)
+    for name in ("30", "05", "040", "\u0663"):
+        shutil.copytree(copy / "20", copy / name)
+    (copy / "damaged-30").write_text("mine")
+    assert store.steps() == [10, 20, 30] and store.newest_good() == 20
+    assert "step 30 is damaged and is passed over" in lines[0] and "manifest.json is of step 20" in lines[0]
+    with pytest.raises(RunError, match="is of step 20: the folder was copied or renamed"):
+        store.check_named(30)
+    store.set_aside_after(20)
+    assert store.steps() == [10, 20] and (copy / "damaged-30" / "run.json").is_file()
+
+
 def test_clock_set_back_a_day_changes_no_order(copy):
     for path in [copy / "20", *(copy / "20").rglob("*")]:
         os.utime(path, (1.0, path.stat().st_mtime - 86400))
