@@ -55,9 +55,12 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         import traceback
 
-        from itune.runtime.crash import explained, of_the_machine
+        from itune.runtime.crash import explained, of_the_machine, without_device
         from itune.runtime.secrets import redact
 
+        if isinstance(error, RuntimeError | AssertionError) and (wrong := without_device()):
+            print(f"itune: {wrong}", file=sys.stderr)
+            return 2
         if of_the_machine(error):
             print(f"itune: {redact(by_url(arguments, explained(error)))}", file=sys.stderr)
             return 1

@@ -16,8 +16,12 @@ _FILES = ("report", "generate")  # whose --out is a file; the other verbs write 
 def check_targets(arguments: argparse.Namespace) -> None:
     """Raise InputError where `--out` or `--json` cannot be written, or would replace what the verb reads.
 
-    A URL is tried by what uploads there.
+    A URL is tried by what uploads there. The current folder must be there, too.
     """
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise InputError("the current folder was removed; go to another one (cd)") from error
     _check_readable(arguments)
     names = ("json", "out", "workdir") if arguments.verb in ("demo", "verify") else ("json", "out")
     given = {name: value for name in names if (value := getattr(arguments, name, None)) and not is_url(value)}

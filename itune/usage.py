@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
+from collections.abc import Callable
 from typing import Any
 
 START = """start here:
@@ -15,6 +16,16 @@ every config key can be set on the command line: --config.optimizer.learning_rat
 
 _CONFIG_HELP = "a recipe's file or shipped name (sft), or a run's config.json"
 _TRAIN_EXAMPLE = "itune train --config sft --config.model.path=MODEL --config.data.train=my.jsonl --workdir runs/x"
+
+
+def _whole(lowest: int) -> Callable[[str], int]:
+    """The type of an option that takes a whole number of at least this."""
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[+-]?\d{1,18}", text) or int(text) < lowest:
+            raise argparse.ArgumentTypeError(f"expected a whole number of at least {lowest}, found {text!r}")
+        return int(text)
+
+    return parse
 
 
 class Parser(argparse.ArgumentParser):
@@ -46,7 +57,7 @@ def build_parser(version: str) -> Parser:
     sub = _verb(verbs, "train", "tune a model; the same command again resumes", _TRAIN_EXAMPLE)
     _config(sub)
     sub.add_argument("--workdir", required=True, metavar="DIR", help="the run directory: a folder, gs://... or s3://...")
-    sub.add_argument("--restart-on-failure", type=int, default=0, metavar="N",
+    sub.add_argument("--restart-on-failure", type=_whole(0), default=0, metavar="N",
                      help="start again after a failure, until N restarts bring no new step (default 0)")
     _json(sub)
 
@@ -74,7 +85,7 @@ def build_parser(version: str) -> Parser:
                 "itune export --workdir runs/x --out models/x")
     sub.add_argument("--workdir", required=True, metavar="DIR", help="a run directory")
     sub.add_argument("--out", required=True, metavar="FOLDER", help="the folder to write")
-    sub.add_argument("--step", type=int, metavar="N", help="checkpoint of this step (default: the newest)")
+    sub.add_argument("--step", type=_whole(0), metavar="N", help="checkpoint of this step (default: the newest)")
     kind = sub.add_mutually_exclusive_group()
     kind.add_argument("--dtype", choices=("float32", "bfloat16"), help="dtype of the weights (default: the source's)")
     kind.add_argument("--adapter", action="store_true", help="a LoRA run's adapters as a folder of peft, not merged")
@@ -115,10 +126,10 @@ def build_parser(version: str) -> Parser:
     sub = _verb(actions, "show", "decoded examples, coloured by weight, with tokens and truncation",
                 f"itune data show {arguments}")
     _config(sub)
-    sub.add_argument("--index", type=int, metavar="I", help="one example by its number")
+    sub.add_argument("--index", type=_whole(0), metavar="I", help="one example by its number")
     sub.add_argument("--source", metavar="NAME", help="examples of this source only")
-    sub.add_argument("--limit", type=int, default=3, metavar="N", help="how many examples (default 3)")
-    sub.add_argument("--random", type=int, metavar="SEED", help="examples drawn at random with this seed")
+    sub.add_argument("--limit", type=_whole(1), default=3, metavar="N", help="how many examples (default 3)")
+    sub.add_argument("--random", type=_whole(0), metavar="SEED", help="examples drawn at random with this seed")
     sub.add_argument("--worst", metavar="SCORES", help="worst first, by the data_scores.jsonl of itune data score")
     _json(sub)
     sub = _verb(actions, "stats", "lengths, drops with reasons, packing efficiency, steps per epoch",
@@ -139,7 +150,8 @@ def build_parser(version: str) -> Parser:
                 "itune data score --config runs/x/config.json --workdir runs/x")
     _config(sub)
     _judged(sub)
-    sub.add_argument("--limit", type=int, default=10, metavar="N", help="how many of the worst to print (default 10)")
+    sub.add_argument("--limit", type=_whole(0), default=10, metavar="N",
+                     help="how many of the worst to print (default 10)")
     _json(sub)
     return parser
 
@@ -148,7 +160,7 @@ def _judged(sub: Parser) -> None:
     which = sub.add_mutually_exclusive_group(required=True)
     which.add_argument("--workdir", metavar="DIR", help="a run directory")
     which.add_argument("--model", metavar="FOLDER", help="a model folder or hub id")
-    sub.add_argument("--step", type=int, metavar="N", help="checkpoint of this step (default: the newest)")
+    sub.add_argument("--step", type=_whole(0), metavar="N", help="checkpoint of this step (default: the newest)")
     sub.add_argument("--out", metavar="DIR", help="where the items go (default: the run's eval folder, or eval-MODEL)")
 
 
@@ -171,5 +183,5 @@ def _config(sub: Parser) -> None:
 
 def _model(sub: Parser) -> None:
     sub.add_argument("--model", required=True, metavar="FOLDER", help="a model folder, hub id or run directory")
-    sub.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer (default 256)")
+    sub.add_argument("--max-new-tokens", type=_whole(1), default=256, metavar="N", help="longest answer (default 256)")
     sub.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default): the likeliest token")

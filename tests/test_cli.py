@@ -163,6 +163,34 @@ def test_a_place_that_cannot_be_written_is_said_before_the_work(verb, kind, tmp_
     assert file.read_text() == "mine" and [*tmp_path.iterdir()] == [file]
 
 
+@pytest.mark.parametrize(("words", "said"), [
+    (["data", "show", "--config", "sft", "--limit", "-1"], "--limit: expected a whole number of at least 1, found"),
+    (["data", "show", "--config", "sft", "--limit", "0"], "--limit: expected a whole number of at least 1, found '0'"),
+    (["data", "show", "--config", "sft", "--index", "-1"], "--index: expected a whole number of at least 0, found"),
+    (["data", "show", "--config", "sft", "--random", "-1"], "--random: expected a whole number of at least 0"),
+    (["data", "score", "--config", "sft", "--model", "x", "--limit", "-1"], "--limit: expected a whole number of at l"),
+    (["data", "score", "--config", "sft", "--model", "x", "--limit", "1.5"], "--limit: expected a whole number of at"),
+    (["train", "--config", "sft", "--workdir", "x", "--restart-on-failure", "-1"], "--restart-on-failure: expected a"),
+    (["export", "--workdir", "x", "--out", "y", "--step", "-1"], "--step: expected a whole number of at least 0"),
+    (["chat", "--model", "x", "--max-new-tokens", "0"], "--max-new-tokens: expected a whole number of at least 1"),
+    (["train", "--config", "sft", "--workdir", ""], "--workdir is empty; expected a path"),
+])
+def test_a_number_or_path_that_an_option_cannot_have_is_named(words, said, capsys):
+    try:
+        code = main(words)
+    except SystemExit as stop:
+        code = stop.code
+    error = capsys.readouterr().err
+    assert code == 2 and said in error and error.count("\n") == 1
+
+
+def test_a_current_folder_that_is_gone_is_said(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    refused(capsys, main(["report", "run"]), 2, "the current folder was removed; go to another one")
+
+
 def test_data_verbs_from_files_to_a_ranked_list(model, tmp_path, capsys):
     """report, split, score and show on one file; a model that was never tuned is named as such."""
     path = rows(tmp_path / "d.jsonl", *({"prompt": f"Say {word} {i}", "completion": f"{word} {i}", "task": word}

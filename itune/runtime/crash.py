@@ -6,6 +6,8 @@ import contextlib
 import errno
 import json
 import logging
+import os
+import sys
 import tempfile
 import time
 import traceback
@@ -74,6 +76,19 @@ def write_crash(workdir: Path, error: BaseException | str, facts: Mapping[str, A
 def of_the_machine(error: BaseException) -> bool:
     """Whether the disk, the rights or the limits of the machine failed, and no program."""
     return isinstance(error, OSError) and error.errno in (*_NO_ROOM, *_REFUSED)
+
+
+def without_device() -> str:
+    """What is wrong with `JAX_PLATFORMS` where jax finds no device by it; "" where it has some or was never asked."""
+    wanted, jax = os.environ.get("JAX_PLATFORMS"), sys.modules.get("jax")
+    if not wanted or jax is None:
+        return ""
+    try:
+        jax.devices()
+    except Exception as error:  # RuntimeError; where its plugin is not installed, an assertion of jax
+        reason = explained(error).rstrip(": ")
+        return f"JAX_PLATFORMS={wanted}: jax finds no such device here ({reason}); unset it, or set JAX_PLATFORMS=cpu"
+    return ""
 
 
 def explained(error: BaseException) -> str:

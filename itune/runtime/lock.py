@@ -10,14 +10,15 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-from itune.types import RunError
+from itune.types import InputError, RunError
 
 
 class RunLock:
     """Holds `run.lock` in a run directory while the block runs.
 
     The kernel releases the lock when the process dies, however it dies, so a file left behind by a killed run is
-    recognised as stale. Raises RunError naming host, process and start of the run that holds it.
+    recognised as stale. Raises RunError naming host, process and start of the run that holds it, InputError where the
+    folder cannot be written.
     """
 
     def __init__(self, workdir: str | os.PathLike) -> None:
@@ -25,7 +26,10 @@ class RunLock:
         self._handle = -1
 
     def __enter__(self) -> RunLock:
-        self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise InputError(f"--workdir {self.path.parent}: cannot be written: {error.strerror}") from error
         try:
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

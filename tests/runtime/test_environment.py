@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
+import pytest
+import tiny_run
 
 from itune.runtime import environment
 
@@ -27,3 +32,12 @@ def test_the_limit_of_a_container_counts(tmp_path, monkeypatch):
     for names, expected in ((["none", "absent"], kernel_says("/proc/meminfo", "MemTotal:")), (["none", "some"], 10**6)):
         monkeypatch.setattr(environment, "_LIMITS", [tmp_path / name for name in names])
         assert environment.machine_memory() == expected
+
+
+@pytest.mark.parametrize("name", ["cuda", "nope"])
+def test_a_platform_that_is_not_here_is_one_message(name, tiny_folder):
+    words = tiny_run.command(tiny_folder, tiny_folder / "elsewhere")
+    done = subprocess.run([sys.executable, "-m", "itune", *words], capture_output=True, check=False,
+                          env={**tiny_run.environment(tiny_folder), "JAX_PLATFORMS": name})
+    assert done.returncode == 2 and done.stderr.count(b"\n") == 1, done.stderr
+    assert f"itune: JAX_PLATFORMS={name}: jax finds no such device here".encode() in done.stderr

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from itune.runtime.lock import RunLock
-from itune.types import RunError
+from itune.types import InputError, RunError
 
 
 def test_second_run_is_refused_naming_the_first(tmp_path):
@@ -17,6 +17,11 @@ def test_second_run_is_refused_naming_the_first(tmp_path):
         RunLock(tmp_path).__enter__()
     with RunLock(tmp_path):
         pass
+
+
+def test_a_folder_that_takes_no_file_is_named():
+    with pytest.raises(InputError, match=r"--workdir /proc/self: cannot be written: "):
+        RunLock("/proc/self").__enter__()
 
 
 def test_lock_of_a_killed_process_is_stale(tmp_path):
