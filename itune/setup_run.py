@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 
 from itune.checkpoint import compare_configs
 from itune.config import Config
-from itune.evaluators import check_held_out, find_evaluator
+from itune.evaluators import check_held_out, check_names, find_evaluator
+from itune.evaluators.labels import lacking_labels
 from itune.judge import check_patience
 from itune.models import load_model
 from itune.models.lora import Lora
@@ -98,6 +99,9 @@ def make_plan(
     """
     check_evaluators(config, data.dataset)
     check_patience(config)
+    if config.evaluators:
+        for line in lacking_labels(config, getattr(data.dataset, "held_out_conversations", ())):
+            log(line)
     mesh = make_mesh(dataclasses.asdict(config.mesh), devices)
     shape = (config.train.batch_size, config.data.max_length)
     dtypes = [np.float32 if name == "loss_weights_BL" else np.int32 for name in Batch._fields]
@@ -155,6 +159,7 @@ def make_tuning(config: Config, model: Any) -> Tuning:
 
 def check_evaluators(config: Config, dataset: Any) -> None:
     """Raise InputError, before anything is computed, for an unknown evaluator or when there is nothing to judge by."""
+    check_names(config.evaluators)
     check_held_out([find_evaluator(name)(config) for name in config.evaluators], dataset)
 
 

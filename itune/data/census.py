@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -100,6 +101,8 @@ def describe(section: Any, chosen: Any, store: ExampleStore, dropped: Collection
     kept = [index for index in range(len(rows)) if index not in dropped]
     groups = section.group_field
     voices: dict[str, Any] = {}
+    named = {"data.group_field": [groups] if groups else [],
+             "data.rating_field": [section.rating_field] if section.rating_field else []}  # fmt: skip
     if groups:
         voices["coverage"] = annotators.coverage([rows[i].metadata.get(groups) for i in kept])
     if section.rating_field:
@@ -112,8 +115,21 @@ def describe(section: Any, chosen: Any, store: ExampleStore, dropped: Collection
             "decided_by": dict(Counter(chosen.categories[i].by for i in kept)),
         },
         "languages": spoken([rows[i] for i in kept]),
-        "voices": voices,
+        "voices": voices, "warnings": lacking([rows[i] for i in kept], named, "training row"),
     }  # fmt: skip
+
+
+def lacking(rows: Sequence[Conversation], fields: Mapping[str, Sequence[str]], whose: str) -> list[str]:
+    """A warning for each field that a config key names and none of the rows (`whose`) has, with the nearest one."""
+    if not any(fields.values()):
+        return []
+    known = sorted({name for row in rows for name, value in row.metadata.items() if value not in (None, "")})
+    found = []
+    for key, name in ((key, name) for key, names in fields.items() for name in names if name not in known):
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f"nearest: {near[0]}" if near else f"there are {', '.join(known) or 'none'}"
+        found.append(f"warning: {key}: no {whose} has a field {name!r} ({hint})")
+    return found
 
 
 def spread(values: np.ndarray) -> dict[str, Any]:

@@ -94,6 +94,8 @@ def prepare(section: Any, tokenizer: Any, seed: int = 0, log: Callable[[str], No
                        "expected a writable folder with space") from error
     if dataset is None:
         raise RunError(f"data.cache_dir: {folder} does not hold what was just written to it; expected a sound disk")
+    for line in dataset.report.get("warnings", ()):
+        log(line)
     if check:
         require(section, dataset.report)
     return dataset

@@ -40,6 +40,7 @@ def evaluate(
     model compiles nothing. With several processes all call this; the first one writes. Raises InputError for an unknown
     evaluator, or when there are no held-out items.
     """
+    check_names(config.evaluators)
     evaluators = {name: find_evaluator(name)(config) for name in (config.evaluators if names is None else names)}
     check_held_out(list(evaluators.values()), dataset)
     results = {}
@@ -52,6 +53,13 @@ def evaluate(
             if base_folder is not None:
                 write_comparison(base_folder, out_folder, name, items)
     return results
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raise InputError where two evaluators would write into the same files."""
+    short = [short_name(name) for name in names]
+    if twice := next((name for place, name in enumerate(short) if name in short[:place]), ""):
+        raise InputError(f"evaluators: {twice} is named twice; expected each once")
 
 
 def check_held_out(evaluators: Sequence[Any], dataset: Any) -> None:

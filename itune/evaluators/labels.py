@@ -6,7 +6,8 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from itune.config import Config
+from itune.config import Config, EvalSection
+from itune.data.census import lacking
 
 
 def labels(row: Any, config: Config, number: int) -> dict[str, Any]:
@@ -20,6 +21,12 @@ def labels(row: Any, config: Config, number: int) -> dict[str, Any]:
         "source": row.address.source,
         "groups": groups,
     }
+
+
+def lacking_labels(config: Config, rows: Sequence[Any]) -> list[str]:
+    """A warning for each field that `eval.by` or `eval.groups` names and no held-out row has."""
+    by = [] if config.eval.by == EvalSection().by else [config.eval.by]
+    return lacking(rows, {"eval.by": by, "eval.groups": config.eval.groups}, "held-out row") if rows else []
 
 
 def broken_down(items: Sequence[Mapping[str, Any]], summarise: Callable[[list[int]], Any]) -> dict[str, Any]:

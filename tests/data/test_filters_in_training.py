@@ -138,11 +138,23 @@ def test_sources_by_field_carry_weights_and_categories(run, write_rows):
     for i in range(20):
         assert set(dataset.train[i].loss_weights.tolist()) == {0.0, 0.25 if i % 2 else 1.0}
     assert dataset.report["voices"]["coverage"]["effective"] == pytest.approx(4)
+    assert dataset.report["warnings"] == []
     assert dataset.report["categories"]["by_source"]["web"] == {"creative": 10}
     with pytest.raises(InputError, match=r"no source is called book \(nearest: books\)"):
         run(write_rows(rows), source_field="origin", source_weights={"book": 2.0})
     with pytest.raises(InputError, match=r"rows\.jsonl:1: nothing: missing, and data\.source_field names it"):
         run(write_rows(rows), source_field="nothing")
+
+
+def test_a_field_that_no_row_has_is_warned_of_each_time(write_rows, tmp_path, tokenizer):
+    keys = {"train": write_rows([qa(i, voice=f"v{i % 4}") for i in range(8)]), "group_field": "voices",
+            "rating_field": "q", "max_length": 256, "cache_dir": str(tmp_path / "cache")}  # fmt: skip
+    for _ in range(2):  # made, and from the cache
+        lines = []
+        prepare(from_dict({"data": keys}).data, tokenizer, log=lines.append)
+        said = [line for line in lines if line.startswith("warning")]
+        assert "data.group_field: no training row has a field 'voices' (nearest: voice)" in said[0]
+        assert "data.rating_field: no training row has a field 'q' (there are " in said[1] and len(said) == 2
 
 
 def long_chat(turns: int, words: int = 20) -> dict:

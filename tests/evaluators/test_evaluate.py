@@ -6,6 +6,7 @@ import pytest
 from itune import evaluators
 from itune.config import from_dict
 from itune.evaluators import generation, heldout_loss
+from itune.evaluators.labels import lacking_labels
 from itune.types import InputError
 
 SMALL = {"data": {"max_length": 48}, "eval": {"batch_size": 4, "max_new_tokens": 6}}
@@ -52,6 +53,24 @@ def test_names_lead_to_classes(monkeypatch):
         evaluators.find_evaluator("heldout_los")
     with pytest.raises(InputError, match=r"there are .*generation, heldout_loss, .*or package\.module:Class"):
         evaluators.find_evaluator("stats")
+
+
+def test_an_evaluator_named_twice_is_refused(model, params, tokenizer, dataset):
+    """Their results would stand in the same files."""
+    for names in (["heldout_loss", "heldout_loss"], ["one.mine:Evaluator", "two.mine:Evaluator"]):
+        with pytest.raises(InputError, match=r"evaluators: .* is named twice"):
+            evaluators.evaluate(from_dict({**SMALL, "evaluators": names}), model, params, tokenizer, dataset)
+
+
+def test_a_field_that_no_held_out_row_has_is_warned_of(dataset):
+    def warnings(**settings):
+        return lacking_labels(from_dict({"eval": settings}), dataset.held_out_conversations)
+
+    assert warnings() == warnings(by="task", groups=["category"]) == []
+    assert warnings(by="tusk", groups=["task", "zzz"]) == [
+        "warning: eval.by: no held-out row has a field 'tusk' (nearest: task)",
+        "warning: eval.groups: no held-out row has a field 'zzz' (there are category, task)",
+    ]
 
 
 def test_nothing_held_out_is_said(model, params, tokenizer):
