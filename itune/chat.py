@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import io
 import json
 import sys
 import time
@@ -18,7 +19,7 @@ from itune.data.formats import messages_of
 from itune.data.jsonl import read_jsonl
 from itune.data.render import render_prompt
 from itune.data.templates import load_tokenizer, require_template
-from itune.decode import Generated, generate_ids, stream_ids
+from itune.decode import Generated, check_settings, generate_ids, stream_ids
 from itune.models import load_pretrained
 from itune.runtime.compilation import use_compilation_cache
 from itune.sharding import make_mesh
@@ -41,7 +42,8 @@ class Speaker:
         self, messages: list[Message], max_new_tokens: int, temperature: float, seed: int
     ) -> Generator[str, None, None]:
         """The answer to a conversation in pieces of text, as it is made. Joined they are the whole answer."""
-        prompt, shown = render_prompt(messages, self.tokenizer), ""
+        conversation = Conversation(tuple(messages), Address("this conversation"))
+        prompt, shown = render_prompt(conversation, self.tokenizer), ""
         answer = Generated(prompt[:0], False)
         for answer in stream_ids(
             self.model, self.params, prompt, max_new_tokens=max_new_tokens, stop_ids=self.tokenizer.stop_ids,
@@ -111,7 +113,13 @@ class Dialogue:
             self.turns.clear()
             return "(forgotten)"
         if name == "/system":
-            self.system = [Message("system", text.strip())] if text.strip() else []
+            system = [Message("system", text.strip())] if text.strip() else []
+            try:
+                asked = (*system, Message("user", "?"))
+                render_prompt(Conversation(asked, Address("/system")), self.speaker.tokenizer)
+            except InputError as error:
+                return f"({error}; nothing changes)"
+            self.system = system
             self.turns.clear()
             return "(system message set, conversation forgotten)" if self.system else "(no system message)"
         if name == "/help":
@@ -127,6 +135,9 @@ def chat(
 
     Raises InputError for a model that cannot be loaded or has no chat template.
     """
+    check_settings(max_new_tokens, temperature)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # what is no UTF-8 is refused below, and the chat goes on
     speaker = load_speaker(model)
     dialogue = Dialogue(speaker, max_new_tokens, temperature)
     print(f"{model}: {HELP}")
@@ -139,6 +150,9 @@ def chat(
         if line == "/quit":
             return
         if not line:
+            continue
+        if not line.isascii() and any("\ud800" <= character <= "\udfff" for character in line):
+            print("(this line is not UTF-8; nothing was asked)")
             continue
         try:
             with contextlib.closing(dialogue.answer(line)) as pieces:
@@ -160,6 +174,7 @@ def generate_file(
     Returns {"answers": [{address, messages, answer, stopped, tokens}], "seconds", "tokens_per_second"}; the time
     includes compilation. Raises InputError for a bad file or model.
     """
+    check_settings(max_new_tokens, temperature, top_p, seed)
     conversations = read_prompts(prompts)
     speaker = load_speaker(model)
     ids = [render_prompt(conversation, speaker.tokenizer) for conversation in conversations]
@@ -201,7 +216,7 @@ def read_prompts(file: str) -> list[Conversation]:
         for line, row in read_jsonl(file):
             where = f"{file}:{line}"
             if isinstance(row.get("prompt"), str):
-                messages = [Message("user", row["prompt"])]
+                messages = _said(row["prompt"], f"{where}: prompt")
             elif "messages" in row:
                 messages = messages_of(row["messages"], f"{where}: messages")
             else:
@@ -214,12 +229,18 @@ def read_prompts(file: str) -> list[Conversation]:
             found.append(Conversation(tuple(messages), Address("prompts", file, line)))
     else:
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_bytes().decode("utf-8-sig").split("\n")
         except UnicodeDecodeError as error:
             raise InputError(f"{file}: byte {error.start} is not UTF-8; expected text with a prompt a line") from error
         for number, text in enumerate(lines, 1):
             if text.strip():
-                found.append(Conversation((Message("user", text.strip()),), Address("prompts", file, number)))
+                said = _said(text.strip(), f"{file}:{number}")
+                found.append(Conversation(tuple(said), Address("prompts", file, number)))
     if not found:
         raise InputError(f"{file}: holds no prompt; expected one a line")
     return found
+
+
+def _said(text: str, where: str) -> list[Message]:
+    """The user's message with this text, checked as those of a row are."""
+    return messages_of([{"role": "user", "content": text}], where)

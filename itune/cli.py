@@ -151,6 +151,8 @@ def _plan(arguments: argparse.Namespace) -> int:
 def _eval(arguments: argparse.Namespace) -> int:
     from itune.saved_run import evaluate_saved
 
+    if arguments.lm_eval_path and not arguments.lm_eval:
+        raise InputError("--lm-eval-path: goes with --lm-eval; in a config it is eval.lm_eval_path")
     if arguments.lm_eval:
         tasks = tuple(name.strip() for name in arguments.lm_eval.split(",") if name.strip())
         arguments.settings = {"evaluators": ("lm_eval",), "eval.lm_eval": tasks}

@@ -347,6 +347,17 @@ def _rows(model: Model, wanted: int) -> int:
 def _check(
     model: Model, prompts: Sequence[np.ndarray], max_new_tokens: int, temperature: float, top_p: float, seed: int
 ) -> None:
+    check_settings(max_new_tokens, temperature, top_p, seed)
+    for index, prompt in enumerate(prompts):
+        if not 0 < len(prompt) < model.config.max_length:
+            raise InputError(
+                f"prompt {index} has {len(prompt)} tokens; the model takes 1 to {model.config.max_length - 1}, "
+                "and one more for the answer"
+            )
+
+
+def check_settings(max_new_tokens: int, temperature: float, top_p: float = 1.0, seed: int = 0) -> None:
+    """Raise InputError for a setting out of range."""
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens must be at least 1, found {max_new_tokens}")
     if not (temperature == 0 or COOLEST <= temperature < math.inf) or not 0 < top_p <= 1:
@@ -354,9 +365,3 @@ def _check(
                          f"(0, 1], found {temperature} and {top_p}")
     if not 0 <= seed < 2**32:
         raise InputError(f"seed must be from 0 to {2**32 - 1}, found {seed}")
-    for index, prompt in enumerate(prompts):
-        if not 0 < len(prompt) < model.config.max_length:
-            raise InputError(
-                f"prompt {index} has {len(prompt)} tokens; the model takes 1 to {model.config.max_length - 1}, "
-                "and one more for the answer"
-            )

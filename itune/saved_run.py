@@ -106,6 +106,8 @@ def evaluate_saved(
     """
     use_compilation_cache()
     mesh = mesh_here(config)
+    if workdir is None and step is not None:
+        raise InputError(f"--step {step}: a model folder has no steps; it goes with --workdir")
     if base and not config.model.path:
         raise InputError("eval --base: model.path is empty; set it to the model that training started from")
     if workdir is not None:
@@ -122,7 +124,7 @@ def evaluate_saved(
             raise InputError(f"--model {model_folder}: is a run directory; give it as --workdir")
         revision = config.model.revision if model_folder == config.model.path else ""
         judged = _load(config, str(model_folder), revision, mesh)
-        folder, base_folder = Path(out or f"eval-{Path(str(model_folder)).name}"), None
+        folder, base_folder = Path(out) if out else _items_folder(None, None, model_folder), None
     else:
         raise InputError("eval: give a run directory or a model folder")
     if base:
@@ -164,7 +166,7 @@ def score_data(
 
 def _items_folder(workdir: str | None, step: int | None, model_folder: str | None) -> Path:
     if workdir is None:
-        return Path(f"eval-{Path(str(model_folder)).name}")
+        return Path(f"eval-{Path(os.path.abspath(str(model_folder))).name}")  # of `.` too
     found = step if step is not None else Store(Path(workdir) / "checkpoints", log=lambda _: None).newest_good()
     return Path(workdir) / "eval" / str(found)
 

@@ -1,12 +1,13 @@
 """The dialogue and the prompts file, on a model that babbles bytes."""
 
+import io
 import json
 
 import pytest
 
 from itune import chat, decode
 from itune.data.render import render_prompt
-from itune.data.templates import load_tokenizer
+from itune.data.templates import load_tokenizer, with_template
 from itune.export import export_pretrained
 from itune.models import load_pretrained
 from itune.types import InputError, Message
@@ -131,6 +132,8 @@ def test_a_file_of_prompts_is_answered(chat_folder, tmp_path, capsys):
         ("q.txt", b"\xff", r"q.txt: byte 0 is not UTF-8"),
         ("q.jsonl", '{"prompt": "a"}\n{"question": "b"}\n', r"q.jsonl:2: neither messages nor a prompt .*question"),
         ("q.jsonl", '{"messages": [{"role": "usr", "content": "b"}]}', r"q.jsonl:1: messages\[0\].role: .*: user"),
+        ("q.jsonl", '{"prompt": "a \\ud800"}', r"q.jsonl:1: prompt.*: found the lone surrogate U\+D800 at character 2"),
+        ("q.txt", "a\n\0", r"q.txt:2.*: found a NUL character"),
         ("q.jsonl", '{"messages": [{"role": "assistant", "content": "b"}]}', r"q.jsonl:1: messages: nothing stands"),
         ("q.jsonl", "{", r"q.jsonl:1: "),
     ],
@@ -139,6 +142,37 @@ def test_a_bad_file_has_an_address(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(InputError, match=message):
         chat.read_prompts(str(tmp_path / name))
+
+
+def test_a_text_file_is_cut_at_newlines_alone(tmp_path):
+    (tmp_path / "q.txt").write_bytes("\ufeffone\u2028still one\x0c\x85and\r\ntwo\n".encode())
+    found = chat.read_prompts(str(tmp_path / "q.txt"))
+    assert [each.messages[0].content for each in found] == ["one\u2028still one\x0c\x85and", "two"]
+
+
+@pytest.mark.parametrize(("name", "value"), [("max_new_tokens", 0), ("temperature", -1.0), ("seed", -1)])
+def test_settings_are_checked_before_anything_is_read(name, value):
+    with pytest.raises(InputError, match=f"{name} must be"):
+        chat.generate_file("no model", "no file", **{name: value})
+    if name != "seed":
+        with pytest.raises(InputError, match=f"{name} must be"):
+            chat.chat("no model", **{name: value})
+
+
+def test_a_system_message_that_the_template_refuses_is_not_kept(speaker, tmp_path):
+    source = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    (tmp_path / "own.jinja").write_text(source + speaker.tokenizer.template.source)
+    tokenizer = with_template(speaker.tokenizer.hf, str(tmp_path / "own.jinja"))
+    dialogue = chat.Dialogue(chat.dataclasses.replace(speaker, tokenizer=tokenizer), max_new_tokens=4)
+    said = next(dialogue.answer("/system Be brief."))
+    assert said.startswith("(/system: ") and "no system" in said and "memory" not in said
+    assert dialogue.system == [] and "".join(dialogue.answer("Hi"))
+
+
+def test_a_line_that_is_not_utf8_is_not_asked(chat_folder, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n/quit\n"), encoding="utf-8"))
+    chat.chat(chat_folder, max_new_tokens=8)
+    assert "(this line is not UTF-8; nothing was asked)" in capsys.readouterr().out
 
 
 def test_a_missing_file_and_a_long_prompt(chat_folder, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -11,6 +12,7 @@ import pytest
 from load_script import load_script
 
 from itune.cli import VERBS, main
+from itune.saved_run import _items_folder
 
 GOOD = {"messages": [{"role": "user", "content": "Say one."}, {"role": "assistant", "content": "one"}]}
 
@@ -71,6 +73,10 @@ def test_help_fits_a_screen_and_gives_an_example(verb, capsys):
     (["train", "--config", "sftt", "--workdir", "x"], "nearest: sft"),
     (["train", "--config", "sft", "--workdir", "x", "--config.trian.epochs=2"], "did you mean train.epochs?"),
     (["generate", "--model", "no/such", "--prompts", "none.txt"], "none.txt"),
+    (["generate", "--model", "no/such", "--prompts", "none.txt", "--seed", "-1"], "seed must be from 0"),
+    (["chat", "--model", "no/such", "--temperature", "nan"], "temperature must be"),
+    (["eval", "--config", "default", "--model", "no/such", "--step", "7"], "--step 7: a model folder has no steps"),
+    (["eval", "--config", "default", "--model", "no/such", "--lm-eval-path", "x"], "goes with --lm-eval"),
     (["report", "no/such/run"], "no/such/run"),
     (["export", "--workdir", "no/such/run", "--out", "y"], "no/such/run"),
 ])
@@ -96,6 +102,21 @@ def test_wrong_usage_has_exit_code_2(arguments, said, capsys):
 def test_bad_rows_are_named_by_file_line_and_field(model, tmp_path, capsys, lines, patterns):
     code = train(model, rows(tmp_path / "bad.jsonl", *lines), tmp_path / "run")
     refused(capsys, code, 2, *patterns)
+
+
+def test_a_letter_that_the_output_lacks_costs_no_result(tmp_path, monkeypatch):
+    (tmp_path / "ü").mkdir()
+    (tmp_path / "ü" / "config.json").write_text("{}")
+    shown = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(shown, encoding="ascii", write_through=True))
+    assert main(["report", str(tmp_path / "ü")]) == 0
+    assert shown.getvalue().strip().endswith(rb"\xfc/report.html")
+
+
+def test_the_items_of_a_model_in_the_current_folder_have_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert [str(_items_folder(None, None, model)) for model in (".", "a/b", "org/name/")] == [
+        f"eval-{tmp_path.name}", "eval-b", "eval-name"]  # fmt: skip
 
 
 def test_missing_data_file_names_the_nearest(model, tmp_path, capsys):

@@ -162,6 +162,26 @@ def test_damaged_numbers_are_named(run, file, content, said):
         write_report(run)
 
 
+@pytest.mark.parametrize("loss", [float("inf"), float("nan")], ids=str)
+def test_a_loss_without_a_number_is_not_drawn(run, loss):
+    for step, value in ((0, 4.0), (10, loss)):
+        items = [{"address": f"held:{place}", "category": "sea", "cluster": f"t{place}", "loss": value, "weight": 1.0}
+                 for place in range(4)]  # fmt: skip
+        summary = {"loss": value, "loss_low": None, "loss_high": None}
+        evaluators.write_results(run / "eval" / str(step), "heldout_loss", summary, items)
+    page = write_report(run).read_text()
+    assert len(figures(page)["Loss"].findall("svg/polyline")[1].get("points").split()) == 1
+    assert "difference without an interval on 4 items" in page
+    assert not re.search(r"(?:c?[xy][12]?|points)=\"[^\"]*(?:nan|inf)", page)
+    assert forest(loss, None, None, 1.0, False).count("<circle") == 0
+
+
+def test_two_folders_of_one_name_are_told_apart(tmp_path):
+    one, two = make_run(tmp_path / "x" / "run"), make_run(tmp_path / "y" / "run")
+    path = write_report(one, two)
+    assert path == one / "report-y-run.html" and "x/run against y/run" in path.read_text()
+
+
 def test_interval_is_drawn_around_zero():
     assert 'cx="100.0"' in forest(0.0, -0.1, 0.1, 0.1, False)
     assert 'class="sure"' in forest(0.5, 0.4, 0.6, 0.6, True)

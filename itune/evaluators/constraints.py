@@ -110,17 +110,26 @@ def sentences(text: str) -> int:
 
 @_check("keywords:existence")
 def _has_keywords(text: str, keywords: list[str]) -> bool:
-    return all(re.search(re.escape(word), text, re.IGNORECASE) for word in keywords)
+    return all(re.search(_pattern(word), text, re.IGNORECASE) for word in keywords)
+
+
+def _pattern(word: str) -> str:
+    """A keyword as a regular expression, which it is to IFEval; one that is none stands for itself."""
+    try:
+        re.compile(word)
+    except re.error:
+        return re.escape(word)
+    return word
 
 
 @_check("keywords:frequency")
 def _keyword_frequency(text: str, keyword: str, frequency: int, relation: str = "at least") -> bool:
-    return _compare(len(re.findall(re.escape(keyword.strip()), text, re.IGNORECASE)), relation, frequency)
+    return _compare(len(re.findall(_pattern(keyword.strip()), text, re.IGNORECASE)), relation, frequency)
 
 
 @_check("keywords:forbidden_words")
 def _no_forbidden(text: str, forbidden_words: list[str]) -> bool:
-    return not any(re.search(rf"\b{re.escape(word)}\b", text, re.IGNORECASE) for word in forbidden_words)
+    return not any(re.search(rf"\b{_pattern(word)}\b", text, re.IGNORECASE) for word in forbidden_words)
 
 
 @_check("keywords:letter_frequency")
@@ -186,7 +195,8 @@ def _postscript(text: str, postscript_marker: str) -> bool:
 
 @_check("detectable_format:number_bullet_lists")
 def _bullets(text: str, num_bullets: int) -> bool:
-    return len(re.findall(r"^\s*(?:\*[^*]|-).*$", text, re.MULTILINE)) == num_bullets
+    stars, dashes = (re.findall(line, text, re.MULTILINE) for line in (r"^\s*\*[^*].*$", r"^\s*-.*$"))
+    return len(stars) + len(dashes) == num_bullets  # apart: the character after an asterisk may be a line's end
 
 
 @_check("detectable_format:constrained_response")
@@ -219,7 +229,7 @@ def _json(text: str) -> bool:
 
 @_check("detectable_format:title")
 def _title(text: str) -> bool:
-    return any(found.strip("<>").strip() for found in re.findall(r"<<[^\n]+>>", text))
+    return any(found.lstrip("<").rstrip(">").strip() for found in re.findall(r"<<[^\n]+>>", text))
 
 
 @_check("combination:two_responses")

@@ -139,7 +139,7 @@ def _bootstrap(
         return 0.0, floor, ceiling
     sums, counts = sums[counts > 0], counts[counts > 0]
     mean, number = float(sums.sum() / counts.sum()), len(sums)
-    if number == 1:
+    if number == 1 or not math.isfinite(mean):
         return mean, floor, ceiling
     if np.ptp(sums / counts) < 1e-12 and math.isfinite(floor + ceiling):
         unseen = 1 - 0.05 ** (1 / number)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from itune.report.parts import comparisons, curves, data_section, evaluation, folded, opening, proofs
-from itune.report.read import RunFiles, pair, read_evaluations, read_run
+from itune.report.read import RunFiles, pair, read_evaluations, read_run, read_two
 from itune.report.style import STYLE
 from itune.report.tables import difference_table, differences, evaluation_table
 from itune.writers import write_atomically
@@ -25,9 +25,8 @@ def write_report(
 
     With `other` the page is `report-<other>.html` there. Raises InputError for a folder that is no run directory.
     """
-    one = read_run(workdir)
-    two = None if other is None else read_run(other)
-    target = Path(out) if out else one.folder / (f"report-{two.name}.html" if two else "report.html")
+    one, two = (read_run(workdir), None) if other is None else read_two(workdir, other)
+    target = Path(out) if out else one.folder / (f"report-{two.name.replace('/', '-')}.html" if two else "report.html")
     title = one.name if two is None else f"{one.name} against {two.name}"
     sections = _single(one) if two is None else _double(one, two)
     body = [f"<h1>{html.escape(title)}</h1>", *opening(one, two), _contents(sections)]

@@ -27,7 +27,7 @@ class Series(NamedTuple):
 
 def series(records: Sequence[Mapping[str, Any]], key: str, name: str, kind: str = "one") -> Series:
     """The series of a logged number; steps without a finite one are left out."""
-    points = [(record["step"], record[key]) for record in records if _finite(record.get(key))]
+    points = [(record["step"], record[key]) for record in records if is_finite(record.get(key))]
     return Series(name, points, kind)
 
 
@@ -123,6 +123,8 @@ def forest(mean: float, low: float | None, high: float | None, limit: float, sur
     def at(value: float) -> float:
         return 100 + 95 * max(-1.0, min(1.0, value / (limit or 1)))
 
+    if not math.isfinite(mean):
+        return '<svg class="forest" viewBox="0 0 200 20" role="img"></svg>'
     ends = [at(-limit if low is None else low), at(limit if high is None else high)]
     kind = ' class="sure"' if sure else ""
     return (f'<svg class="forest" viewBox="0 0 200 20" role="img"><line class="zero" x1="100" x2="100" y1="1" y2="19"/>'
@@ -130,5 +132,5 @@ def forest(mean: float, low: float | None, high: float | None, limit: float, sur
             f'<circle{kind} cx="{at(mean):.1f}" cy="10" r="4"/></svg>')
 
 
-def _finite(value: Any) -> bool:
+def is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -8,7 +8,7 @@ from typing import Any
 
 from itune.evaluators import shown
 from itune.report.answers import side_by_side
-from itune.report.charts import Series, chart, series
+from itune.report.charts import Series, chart, is_finite, series
 from itune.report.read import RunFiles
 from itune.report.tables import evaluation_table, paired_table, parts, parts_table, tree_table
 
@@ -46,9 +46,9 @@ def _judgements(run: RunFiles, evaluator: str, metric: str, name: str, kind: str
     ranges: dict[float, tuple[float, float]] = {}
     for step in run.steps:
         summary = run.evaluations[step].get(evaluator, {})
-        if isinstance(summary.get(metric), int | float):
+        if is_finite(summary.get(metric)):
             points.append((step, summary[metric]))
-            if bounds := shown.bounds(summary, metric):
+            if (bounds := shown.bounds(summary, metric)) and all(map(is_finite, bounds)):
                 ranges[step] = bounds
     return Series(name, points, kind, True, ranges)
 
@@ -80,7 +80,8 @@ def _tiles(run: RunFiles) -> str:
         numbers = [f"{100 * found[key]:.1f} %" if share else f"{found[key]:.3g}" for key in ("base", "tuned")]
         ends = [found[f"difference_{end}"] for end in ("low", "high")]
         known = [f"{100 * end:+.1f}" if share else f"{end:+.3g}" for end in ends if end is not None]
-        interval = " to ".join(known) + " points" * share if len(known) == 2 else "of one task: no interval"
+        interval = "of one task: no interval" if found["clusters"] == 1 else "without an interval"
+        interval = " to ".join(known) + " points" * share if len(known) == 2 else interval
         kind = ("good" if up else "bad") if found["sure"] else "dim"
         verdict = f'<i class="{kind}">{words[0 if up else 1]}</i>'
         tiles.append(f'<div class="tile"><span>{html.escape(name)}, base to tuned</span>'

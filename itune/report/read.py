@@ -21,10 +21,11 @@ class RunFiles:
     folder: Path
     records: list[dict[str, Any]]
     evaluations: dict[int, dict[str, Any]]  # step -> evaluator -> summary
+    depth: int = 1  # folders of its path that its name consists of
 
     @property
     def name(self) -> str:
-        return self.folder.absolute().name
+        return "/".join(self.folder.absolute().parts[-self.depth :])
 
     def json(self, path: str) -> dict[str, Any]:
         """A JSON file of the run; {} where there is none, or half of one."""
@@ -79,6 +80,16 @@ def read_run(workdir: str | os.PathLike) -> RunFiles:
         if path.parent.name.isdecimal():
             evaluations[int(path.parent.name)] = read_summaries(path)
     return RunFiles(folder, records, evaluations)
+
+
+def read_two(workdir: str | os.PathLike, other: str | os.PathLike) -> tuple[RunFiles, RunFiles]:
+    """Two runs, each with the shortest name that tells it from the other."""
+    one, two = read_run(workdir), read_run(other)
+    parts = [run.folder.absolute().parts for run in (one, two)]
+    for depth in range(1, max(map(len, parts)) + 1):
+        if parts[0][-depth:] != parts[1][-depth:]:
+            return dataclasses.replace(one, depth=depth), dataclasses.replace(two, depth=depth)
+    return one, two
 
 
 def read_evaluations(folder: Path) -> list[tuple[int, dict[str, float]]]:

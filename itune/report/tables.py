@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -103,7 +104,8 @@ def paired_table(found: Mapping[str, Any], names: tuple[str, str] = ("base", "tu
     scored = "detectable" in found
     share = scored
     ends = [abs(part[f"difference{end}"] or 0) for _, _, part in rows for end in ("", "_low", "_high")]
-    limit = min(1.0, max(ends)) if scored else max(ends)
+    limit = max((end for end in ends if math.isfinite(end)), default=0.0)
+    limit = min(1.0, limit) if scored else limit
     titles = ("won / lost / tied", *names, "items", *(["smallest shown"] if scored else []))
     head = "".join(f'<th class="number">{html.escape(title)}</th>' for title in titles)
     body = []

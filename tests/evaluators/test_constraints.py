@@ -62,6 +62,10 @@ def item(*constraints):
     return {"address": "rows:1", "metadata": {"instruction_id_list": list(names), "kwargs": list(arguments)}}
 
 
+def test_a_keyword_that_is_no_regular_expression_stands_for_itself():
+    assert find("keywords:existence")("I write C++.", keywords=["c++"])
+
+
 def test_strict_and_loose():
     asked = item(("punctuation:no_comma", {}), ("startend:end_checker", {"end_phrase": "Done.", "unused": None}))
     introduced = "Sure, here it is:\nOne and two. Done."
@@ -108,9 +112,13 @@ def test_equal_to_the_code_of_ifeval(monkeypatch):
                "change_case:capital_word_frequency", "change_case:english_capital", "change_case:english_lowercase"}
     pieces = ["word", "Red", "sun", ",", ".", "\n", "\n\n", "***", "******", "*high*", "**bold**", "- item", "* item",
               '"', "<<title>>", "[slot]", "P.S. yes", "P.P.S no", "Section 1", "section 2", "Section 2", "{}", "then",
-              "Then", "My answer is yes.", "That is all.", "Say it.", "eee", "moon", "cat"]  # fmt: skip
+              "Then", "My answer is yes.", "That is all.", "Say it.", "eee", "moon", "cat", "*\n- x", "<<>> <<>>",
+              "suun", "c.t"]  # fmt: skip
+    patterns = [("keywords:existence", {"keywords": ["su+n"]}, "suun", "sn"),
+                ("keywords:frequency", {"keyword": "c.t", "frequency": 2, "relation": "at least"}, "cat c.t", "cat"),
+                ("keywords:forbidden_words", {"forbidden_words": ["c.t"]}, "dog", "cat")]  # fmt: skip
     draw, checked, held = random.Random(0), 0, 0
-    for name, arguments, good, bad in CASES:
+    for name, arguments, good, bad in [*CASES, *patterns]:
         if name in skipped or arguments.get("relation") == "exactly":
             continue
         judge = instructions_registry.INSTRUCTION_DICT[name](name)
