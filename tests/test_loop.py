@@ -22,15 +22,11 @@ from itune.checkpoint import Store
 from itune.checkpoint.manifest import write_manifest
 from itune.cli import main
 from itune.config import Config, from_dict
-from itune.export import export_run
 from itune.feed import feed
 from itune.loop import Result, train
-from itune.runtime.crash import shown_to
 from itune.saved_run import evaluate_saved, load_run
-from itune.setup_run import make_plan, prepare_data
 from itune.step import init_state
 from itune.types import InputError, RunError
-from itune.weights import base_weights
 from itune.writers import read_metrics
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
@@ -298,24 +294,6 @@ def test_another_config_or_other_data_is_refused_field_by_field(inputs, copy, tm
         train(settings(inputs, data=moved), copy)
 
 
-def test_another_architecture_of_the_same_shapes_is_refused(inputs, copy, tmp_path):
-    """Of a run that goes on, is judged, exported, or started from: no array tells of it."""
-    other = Path(shutil.copytree(inputs / "model", tmp_path / "model"))
-    stored = json.loads((other / "config.json").read_text())
-    changed = {**stored, "rope_theta": 77.0, "rms_norm_eps": 0.01, "hidden_act": "gelu", "max_position_embeddings": 200}
-    (other / "config.json").write_text(json.dumps(changed))
-    said = r"its config\.json is not that of the model which this run began with \(.*hidden_act.*rms_norm_eps"
-    with pytest.raises(InputError, match=said):
-        train(settings(inputs, model={"path": str(other)}), copy)
-    run = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps({**run, "model": {**run["model"], "path": str(other)}}))
-    for use in (lambda: load_run(copy), lambda: export_run(copy, tmp_path / "out"),
-                lambda: train(settings(inputs, train__init_from=str(copy)), tmp_path / "run")):
-        with pytest.raises(InputError, match=said):
-            use()
-    assert not (tmp_path / "out").exists()
-
-
 def test_start_from_the_parameters_of_another_run(inputs, whole, tmp_path):
     result = train(settings(inputs, train__init_from=str(whole.workdir)), tmp_path / "run", on_step=stop_at(1))
     before, after = result.summary["before"]["heldout_loss"], whole.summary["after"]["heldout_loss"]
@@ -381,52 +359,6 @@ def test_saved_run_is_judged_and_loaded_again(inputs, whole, tmp_path, capsys):
         load_run(whole.workdir, step=5)
 
 
-def command(inputs, workdir, *arguments):
-    return ["train", "--config", "default", "--workdir", str(workdir), f"--config.model.path={inputs / 'model'}",
-            f"--config.data.train={inputs / 'rows.jsonl'}", "--config.data.max_length=96",
-            "--config.data.held_out_share=0.1", *arguments]
-
-
-@pytest.mark.parametrize(("arguments", "code", "message"), [
-    (["--config.train.batch_size=6"], 2, r"train\.batch_size: 6 rows .* multiple of 8; nearest: 8"),
-    (["--config.mesh.tensor=3"], 2, "does not fit 8 devices"),
-    (["--config.model.path="], 2, "model.path is empty"),
-    (["--config.data.train="], 2, "data.train is empty"),
-    (["--config.data.held_out_share=0"], 2, "there are no held-out items"),
-    (["--config.evaluators=('heldout_los',)"], 2, "did you mean heldout_loss"),
-    (["--config.profile.steps=3"], 2, "profile.steps must be first:last such as 10:13, found '3'"),
-    (["--config.lora.rank=4", "--config.lora.targets=lm_head"], 2, "lora.targets 'lm_head' matches no projection"),
-    (["--config.lora.rank=4", "--config.train.freeze=embed"], 2, "train.freeze and lora.rank exclude each other"),
-])
-def test_bad_input_is_one_message_with_exit_code_2(inputs, tmp_path, capsys, arguments, code, message):
-    assert main(command(inputs, tmp_path / "run", *arguments)) == code
-    error = capsys.readouterr().err
-    assert re.search(message, error), error
-    assert error.startswith("itune: ") and "Traceback" not in error
-    assert not (tmp_path / "run" / "crash.json").exists()
-
-
-def test_tokenizer_larger_than_the_embedding(inputs, tmp_path, capsys):
-    model = Path(shutil.copytree(inputs / "model", tmp_path / "model"))
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**config, "vocab_size": 256}))
-    assert main(command(inputs, tmp_path / "run", f"--config.model.path={model}")) == 2
-    assert ", the embedding has 256 rows" in capsys.readouterr().err
-
-
-def test_out_of_disk_is_said_before_weights_are_read(inputs, tmp_path, capsys, monkeypatch):
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    assert main(command(inputs, tmp_path / "run")) == 1
-    assert "out of disk: a checkpoint needs" in capsys.readouterr().err
-
-
-def test_workdir_that_is_a_file(inputs, tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    assert main(command(inputs, tmp_path / "file" / "run")) == 2
-    assert "cannot be created: Not a directory" in capsys.readouterr().err
-
-
 def test_preempted_command_leaves_with_143(whole, tmp_path, monkeypatch):
     import itune.loop
 
@@ -436,33 +368,6 @@ def test_preempted_command_leaves_with_143(whole, tmp_path, monkeypatch):
     monkeypatch.setattr(itune.loop, "train", train_and_stop)
     assert main(["train", "--config", str(whole.workdir / "config.json"), "--workdir", str(tmp_path / "run")]) == 143
     assert 1 <= Store(tmp_path / "run" / "checkpoints").latest() <= 3
-
-
-def test_template_that_adds_tokens_grows_the_embedding_and_says_so(inputs, tmp_path):
-    model = Path(shutil.copytree(inputs / "model", tmp_path / "model"))
-    tokenizer = json.loads((model / "tokenizer_config.json").read_text())
-    (model / "tokenizer_config.json").write_text(json.dumps({**tokenizer, "chat_template": None}))
-    plain = settings(inputs, model={"path": str(model)})
-    with pytest.raises(InputError, match="no chat template"):
-        train(plain, tmp_path / "run")
-    config = settings(inputs, model={"path": str(model)}, data={**plain.to_dict()["data"], "chat_template": "zephyr"})
-    lines = []
-    data = prepare_data(config, lines.append)
-    plan = make_plan(config, data, lines.append)
-    with shown_to(lines.append):
-        embedding = base_weights(plan.config, plan.model, data.tokenizer, lines.append)["embed"]["embedding"]
-    assert embedding.shape[0] == plan.model.config.vocab_size == 323
-    np.testing.assert_allclose(embedding[320:], np.tile(embedding[:320].mean(0), (3, 1)), atol=1e-7)
-    assert any("3 rows added to the 320 of the checkpoint" in line for line in lines)
-
-
-def test_out_of_device_memory_says_what_helps(inputs, tmp_path, monkeypatch):
-    def full(*given, **more):
-        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes")
-
-    monkeypatch.setattr("itune.weights.init_state", full)
-    with pytest.raises(RunError, match=r"out of device memory: raise train\.accumulation .*trying to allocate 9 bytes"):
-        train(settings(inputs), tmp_path / "run")
 
 
 def test_early_stop_is_told_and_kept(inputs, whole, tmp_path, capsys):

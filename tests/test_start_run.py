@@ -180,6 +180,8 @@ def test_another_model_of_the_same_shapes_where_the_run_began(start, tiny_folder
     assert code == 2 and refused in said and not (tmp_path / "out").exists()
     code, said = start("a", "--config.model.path=model", steps=3)
     assert code == 2 and refused in said
+    code, said = start("b", "--config.model.path=model", "--config.train.init_from=a")
+    assert code == 2 and refused in said
     config.write_text(json.dumps(json.loads(written) | {"transformers_version": "9", "dtype": "bfloat16"}))
     (model / "generation_config.json").write_text('{"temperature": 0.1}')
     code, said = export("out")
