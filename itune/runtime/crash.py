@@ -19,7 +19,8 @@ from itune.runtime.secrets import redact_tree
 from itune.writers import plain, write_atomically
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-_REFUSED = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, errno.ENAMETOOLONG)
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, errno.ENAMETOOLONG,
+            errno.EISDIR, errno.ENOTDIR)  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -74,7 +75,7 @@ def write_crash(workdir: Path, error: BaseException | str, facts: Mapping[str, A
 
 
 def of_the_machine(error: BaseException) -> bool:
-    """Whether the disk, the rights or the limits of the machine failed, and no program."""
+    """Whether the disk, its folders, the rights or the limits of the machine failed, and no program."""
     return isinstance(error, OSError) and error.errno in (*_NO_ROOM, *_REFUSED)
 
 
