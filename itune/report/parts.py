@@ -60,7 +60,8 @@ def opening(one: RunFiles, two: RunFiles | None) -> list[str]:
 def _status(run: RunFiles) -> str:
     crash, summary = run.json("crash.json"), run.json("summary.json")
     last = run.records[-1] if run.records else {}
-    text = f"{run.name}: step {last.get('step', 0)}" + (f" of {summary['total_steps']}" if "total_steps" in summary else "")
+    of = f" of {summary['total_steps']}" if "total_steps" in summary else ""
+    text = f"{run.name}: step {last.get('step', 0)}{of}"
     if summary.get("stopped_early"):
         text += f"; stopped early: {summary['stopped_early']}"
     if summary.get("preempted"):
