@@ -112,7 +112,7 @@ def get_config() -> ConfigDict:
     c.optimizer.learning_rate = 2e-5  # peak
     c.optimizer.schedule = "linear"  # after warm-up: linear | cosine | constant | wsd (stable, last 20 % decays)
     c.optimizer.warmup = 0.0  # steps; below 1 a share of all steps
-    c.optimizer.weight_decay = 0.0  # norms and biases are never decayed
+    c.optimizer.weight_decay = 0.0  # 0 is none with any optimizer; norms and biases are never decayed
     c.optimizer.clip_norm = 1.0  # global gradient norm; 0 is off
     c.optimizer.b1 = 0.9  # decay of the first moment
     c.optimizer.b2 = 0.999  # decay of the second moment

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import inspect
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from itune.optax_optimizer import accepted, dtypes, optax_optimizer
 from itune.rounding import round_tree
 from itune.types import InputError
 
@@ -129,9 +129,9 @@ def adamw(
 def make_optimizer(section: Any, total_steps: int, params_abstract: Any = None) -> optax.GradientTransformation:
     """The optimizer that `section` (config `optimizer`) names, its schedule inside; clipping is the step's.
 
-    `adamw` is torch's. Any other name is an optax optimizer that takes
-    `learning_rate`; it gets `optimizer.options`, and weight_decay, b1, b2, eps and moment_dtype where they differ from
-    the defaults. `sgd` decays as torch's does: the decay joins the gradient. `optimizer.rates` multiplies what an
+    `adamw` is torch's. Any other name is an optax optimizer that takes `learning_rate`; it gets `optimizer.options`,
+    weight_decay, and b1, b2, eps and moment_dtype where they differ from the defaults (`itune.optax_optimizer`). `sgd`
+    and `adafactor` decay as torch's do: the decay of `sgd` joins the gradient. `optimizer.rates` multiplies what an
     update changes in the parameters whose path a regular expression matches, decay included: their own learning rate.
     With `params_abstract`, the tree that will be trained, the optimizer is also traced on it. Raises InputError for an
     unknown name or option, and for a setting that the optimizer cannot follow.
@@ -142,10 +142,21 @@ def make_optimizer(section: Any, total_steps: int, params_abstract: Any = None) 
     try:
         optimizer = _with_rates(_build(section, make_schedule(section, total_steps)), rates)
         if params_abstract is not None:
-            jax.eval_shape(lambda p: optimizer.update(p, optimizer.init(p), p), params_abstract)
+            _check_state(section.name, optimizer, params_abstract)
     except (TypeError, ValueError, AttributeError) as error:  # what optax raises for a value of the wrong kind
         raise InputError(f"config: optimizer {section.name!r} does not accept {section.options}: {error}") from error
     return optimizer
+
+
+def _check_state(name: str, optimizer: optax.GradientTransformation, params_abstract: Any) -> None:
+    """Raise InputError where an update leaves a state of other dtypes, which no compiled step could take in place."""
+    gradients = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32), params_abstract)
+    before = jax.eval_shape(optimizer.init, params_abstract)
+    _, after = jax.eval_shape(optimizer.update, gradients, before, params_abstract)
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+        if old.dtype != new.dtype:
+            raise InputError(f"config: optimizer {name!r} cannot run with these dtypes: its state is {old.dtype} "
+                             f"before a step and {new.dtype} after it")
 
 
 def rate_multipliers(params: Any, rates: Mapping[str, float]) -> Any:
@@ -195,67 +206,7 @@ def _with_rates(optimizer: optax.GradientTransformation, rates: Any) -> optax.Gr
 def _build(section: Any, schedule: Schedule) -> optax.GradientTransformation:
     if section.name == "adamw":
         settings = {name: getattr(section, name) for name in ("b1", "b2", "eps", "weight_decay")}
-        dtypes = {"mu_dtype": section.moment_dtype, "nu_dtype": getattr(section, "second_moment_dtype", "float32")}
-        settings |= {"mask": decay_mask, **_dtypes({**dtypes, **section.options})}
-        return adamw(schedule, **_accepted("adamw", adamw, settings))
-    names = optimizer_names()
-    if section.name not in names:
-        near = difflib.get_close_matches(section.name, names, n=1, cutoff=0.4)
-        hint = f"; nearest: {near[0]}" if near else ""
-        raise InputError(
-            f"config: optimizer.name {section.name!r} is no optimizer that optax or itune has{hint}; "
-            f"there are {', '.join(names)}"
-        )
-    build = getattr(optax, section.name)
-    settings = _changed(section, inspect.signature(build).parameters)
-    optimizer = build(schedule, **_accepted(section.name, build, {**settings, **_dtypes(section.options)}))
-    if section.name == "sgd" and section.weight_decay:
-        optimizer = optax.chain(optax.add_decayed_weights(section.weight_decay, decay_mask), optimizer)
-    return optimizer
-
-
-def optimizer_names() -> list[str]:
-    """`adamw` and every optax optimizer that takes a schedule and needs nothing else."""
-    names = {"adamw"}
-    for name, build in vars(optax).items():
-        if not inspect.isfunction(build) or name.startswith(("_", "scale_by_")) or name == "lbfgs":  # it needs the loss
-            continue
-        known = inspect.signature(build).parameters
-        needed = {p.name for p in known.values() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
-        rate = known.get("learning_rate")
-        if rate is not None and needed <= {"learning_rate"} and "Callable" in str(rate.annotation):
-            names.add(name)
-    return sorted(names)
-
-
-def _changed(section: Any, known: Any) -> dict[str, Any]:
-    """Settings of the section that differ from their defaults, under the names that the optax optimizer gives them."""
-    defaults = {"b1": 0.9, "b2": 0.999, "eps": 1e-8}
-    settings = {name: getattr(section, name) for name, usual in defaults.items() if getattr(section, name) != usual}
-    if section.weight_decay and section.name != "sgd":
-        settings["weight_decay_rate" if "weight_decay_rate" in known else "weight_decay"] = section.weight_decay
-        for name in ("mask", "weight_decay_mask"):
-            if name in known:
-                settings[name] = decay_mask
-    if section.moment_dtype != "float32":
-        name = next((n for n in ("mu_dtype", "accumulator_dtype", "dtype_momentum") if n in known), "moment_dtype")
-        settings[name] = jnp.dtype(section.moment_dtype)
-    if getattr(section, "second_moment_dtype", "float32") != "float32":
-        settings["second_moment_dtype"] = section.second_moment_dtype  # which no optimizer of optax has
-    return settings
-
-
-def _dtypes(options: Any) -> dict[str, Any]:
-    """Options with the text of every `*dtype*` key as a dtype."""
-    return {key: jnp.dtype(v) if "dtype" in key and isinstance(v, str) else v for key, v in options.items()}
-
-
-def _accepted(name: str, build: Any, settings: dict[str, Any]) -> dict[str, Any]:
-    """`settings`, after a check that the optimizer takes each of them."""
-    known = [key for key in inspect.signature(build).parameters if key != "learning_rate"]
-    for key in settings:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; nearest: {near[0]}" if near else ""
-            raise InputError(f"config: optimizer {name!r} has no setting {key!r}{hint}; it takes {', '.join(known)}")
-    return settings
+        of_moments = {"mu_dtype": section.moment_dtype, "nu_dtype": getattr(section, "second_moment_dtype", "float32")}
+        settings |= {"mask": decay_mask, **dtypes({**of_moments, **section.options})}
+        return adamw(schedule, **accepted("adamw", adamw, settings))
+    return optax_optimizer(section, schedule, decay_mask)

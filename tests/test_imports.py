@@ -17,7 +17,7 @@ FLOORS = [
      "start_run", "run_source", "at_hand", "ahead", "kept_step", "targets"),
     ("evaluators", "checkpoint", "runtime", "feed", "progress", "skipped"),
     ("step",),
-    ("objectives", "optim", "decode", "flops", "tuning", "spikes"),
+    ("objectives", "optim", "optax_optimizer", "decode", "flops", "tuning", "spikes"),
     ("models", "data"),
     ("sharding", "config", "data_section", "writers", "rounding", "storage", "xla"),
     ("types",),

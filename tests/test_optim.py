@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,9 @@ import transformers
 
 from itune import optim
 from itune.config import OptimizerSection
+from itune.optax_optimizer import optimizer_names
+from itune.sharding import make_mesh
+from itune.step import optimizer_shardings
 from itune.types import InputError
 
 T = 23
@@ -172,14 +176,122 @@ def test_wrong_settings_are_named(settings, message):
         optim.make_optimizer(OptimizerSection(**settings), 5, {"kernel": jnp.ones((2, 2))})
 
 
-def test_every_listed_optimizer_takes_a_step():
-    params = {"kernel": jnp.full((2, 2), 2.0)}
-    names = optim.optimizer_names()
-    assert {"adamw", "adafactor", "sgd", "lion", "adam"} <= set(names)
-    for name in names:
-        optim.make_optimizer(OptimizerSection(name=name), 5, params)  # the tree makes it trace an update
-
-
 def test_more_steps_than_rates_fit_into_memory_are_refused():
     with pytest.raises(InputError, match=r"train\.max_steps make 1,000,000,000 steps; .* at most 10,000,000,"):
         optim.make_schedule(OptimizerSection(), 10**9)
+
+
+@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", optimizer_names())
+def test_every_listed_optimizer_keeps_a_float32_state(name, param_dtype):
+    """Gradients are float32. A state that leaves a step in another dtype ended the run after its first step."""
+    params = jax.tree.map(lambda p: p.astype(param_dtype), named_parameters())
+    gradients = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+    options = {"momentum": 0.9} if name == "sgd" else {}
+    optimizer = optim.make_optimizer(OptimizerSection(name=name, options=options), 5, params)
+    before = jax.eval_shape(optimizer.init, params)
+    updates, after = jax.eval_shape(optimizer.update, gradients, before, params)
+    assert after == before
+    floats = [leaf for leaf in jax.tree.leaves((updates, after)) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    assert {leaf.dtype for leaf in floats} == {jnp.dtype("float32")}
+
+
+def test_a_state_that_would_change_its_dtype_is_refused(monkeypatch):
+    def forgetful(learning_rate: Callable = 0.1):  # the state of momentum in the dtype of the weights
+        return optax.GradientTransformation(
+            lambda params: jax.tree.map(lambda p: jnp.zeros_like(p, jnp.bfloat16), params),
+            lambda gradients, state, params: (gradients, gradients),
+        )
+
+    monkeypatch.setattr(optax, "forgetful", forgetful, raising=False)
+    with pytest.raises(InputError, match=r"'forgetful' cannot run .* bfloat16 before a step and float32 after"):
+        optim.make_optimizer(OptimizerSection(name="forgetful"), 5, named_parameters())
+
+
+def test_second_moments_shrink_beside_bfloat16_weights_and_first_moments():
+    """In bfloat16, to nearest, 0.999 v is v again."""
+    params = {"kernel": jnp.ones((2, 2), jnp.bfloat16)}
+    section = OptimizerSection(name="adam", moment_dtype="bfloat16", schedule="constant")
+    optimizer = optim.make_optimizer(section, 5, params)
+    update = jax.jit(lambda size, state: optimizer.update({"kernel": jnp.full((2, 2), size)}, state, params)[1])
+    state = update(1.0, optimizer.init(params))
+    assert {leaf.dtype for leaf in jax.tree.leaves(state[0].mu)} == {jnp.dtype("bfloat16")}
+    for _ in range(300):
+        state = update(0.0, state)
+    np.testing.assert_allclose(state[0].nu["kernel"], 1e-3 * 0.999**300, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", optimizer_names())
+@pytest.mark.parametrize("rate", [0.0, 0.1])
+def test_weight_decay_is_what_was_asked_for_and_spares_norms_and_biases(name, rate):
+    section = OptimizerSection(name=name, learning_rate=1e-3, schedule="constant", weight_decay=rate)
+    params, other = jax.tree.map(jnp.ones_like, named_parameters()), jax.tree.map(jnp.zeros_like, named_parameters())
+    try:
+        optimizer = optim.make_optimizer(section, 5, params)
+    except InputError as error:
+        assert rate and "has no setting 'weight_decay'" in str(error)
+        return
+    if name in ("noisy_sgd", "fromage", "yogi"):  # noise, a length that is held, a moment that begins above 0
+        return
+    updates, _ = optimizer.update(other, optimizer.init(params), params)
+    shrinks = jax.tree.map(lambda u: bool((u < 0).all()) if rate else bool((u != 0).any()), updates)
+    assert shrinks == (optim.decay_mask(params) if rate else jax.tree.map(lambda _: False, params))
+    if rate and name not in ("adadelta", "lamb", "lars"):  # which scale the decay as they scale the gradient
+        np.testing.assert_allclose(updates["blocks"]["q_proj"]["kernel"], -1e-3 * rate, rtol=1e-5)
+
+
+@pytest.mark.parametrize("theirs", [torch.optim.Adafactor, transformers.Adafactor])
+def test_adafactor_decays_as_torch_and_transformers_do(theirs):
+    leaf = torch.nn.Parameter(torch.ones(2, 2))
+    more = {"relative_step": False, "scale_parameter": False} if theirs is transformers.Adafactor else {}
+    reference = theirs([leaf], lr=1e-2, weight_decay=0.1, **more)
+    section = OptimizerSection(name="adafactor", learning_rate=1e-2, schedule="constant", weight_decay=0.1)
+    params = {"kernel": jnp.ones((2, 2))}
+    optimizer = optim.make_optimizer(section, 5, params)
+    state = optimizer.init(params)
+    for _ in range(3):
+        updates, state = optimizer.update({"kernel": jnp.zeros((2, 2))}, state, params)
+        params = optax.apply_updates(params, updates)
+        leaf.grad = torch.zeros(2, 2)
+        reference.step()
+    np.testing.assert_allclose(params["kernel"], leaf.detach().numpy(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", sorted(set(optimizer_names()) - {"noisy_sgd"}))  # which draws by the leaf
+def test_stacked_layers_are_updated_as_each_by_itself(name):
+    """Norms of whole tensors must not mix layers: an optimizer that reads them belongs into BY_TENSOR."""
+    rng = np.random.default_rng(0)
+    kernels, gradients = (
+        [jnp.asarray(rng.normal(size=(130, 129)) * size, jnp.float32) for size in sizes] for sizes in ((1, 10), (1, 1))
+    )  # large enough that adafactor factors them
+    decay = 0.0 if name not in ("adamw", "novograd", "lamb", "lars", "adafactor") else 0.1
+    section = OptimizerSection(name=name, learning_rate=1e-2, schedule="constant", weight_decay=decay)
+
+    def steps(params, gradients):
+        optimizer = optim.make_optimizer(section, 5, params)
+        state = optimizer.init(params)
+        for _ in range(2):
+            updates, state = optimizer.update(gradients, state, params)
+        return updates
+
+    both = ({"blocks": {"layer_0": jnp.stack(leaves)}, "embed": leaves[0]} for leaves in (kernels, gradients))
+    stacked = steps(*both)
+    alone = [steps({"rest_0": kernel}, {"rest_0": gradient})["rest_0"] for kernel, gradient in zip(kernels, gradients)]
+    for ours, by_itself in zip([*stacked["blocks"]["layer_0"], stacked["embed"]], [*alone, alone[0]]):
+        np.testing.assert_allclose(ours, by_itself, rtol=2e-5, atol=1e-7)
+
+
+def test_the_state_of_stacked_layers_lies_as_they_do():
+    mesh = make_mesh({"fsdp": 8})
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "fsdp"))
+    leaf = jax.ShapeDtypeStruct((2, 8, 8), jnp.float32, sharding=sharding)
+    params = {"blocks": {"layer_0": {"kernel": leaf}}}
+    optimizer = optim.make_optimizer(OptimizerSection(name="lamb", weight_decay=0.1), 5, params)
+    places = jax.tree.leaves(optimizer_shardings(optimizer, params, mesh))
+    leaves = jax.tree.leaves(jax.eval_shape(optimizer.init, params))
+    moments = [place for place, leaf in zip(places, leaves, strict=True) if leaf.shape == (2, 8, 8)]
+    assert moments == [sharding, sharding]
+
+
+def test_listed_optimizers():
+    assert {"adamw", "adafactor", "sgd", "lion", "adam"} <= set(optimizer_names())
