@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from itune.config import all_keys
+from itune.objectives.sft import by_micro_batch
 
 # every section of the config, those inside another one too
 SECTIONS = frozenset(key[:end] for key in all_keys() for end, letter in enumerate(key) if letter == ".")
@@ -81,6 +82,8 @@ def compare_configs(
         if before == after:
             continue
         line, kind = f"{key}: {before!r} there, {after!r} here", classify(key)
+        if key == "train.accumulation" and by_micro_batch(new["loss.weighting"], new["loss.router_aux"]):
+            kind = "must"  # another objective, not another rounding
         if kind == "must" or (kind == "data" and not same_data):
             refused.append(line)
         elif kind == "grow" and not _grows(before, after):

@@ -87,6 +87,13 @@ def make_sft(
     return Objective(loss, per_token, divide)
 
 
+def by_micro_batch(weighting: str, router_aux: float) -> str:
+    """The setting by which what is minimised depends on `train.accumulation`, by definition; "" where none does."""
+    if weighting == "microbatch_mean":
+        return "loss.weighting=microbatch_mean"
+    return f"loss.router_aux={router_aux}" if router_aux else ""
+
+
 def example_weights(weights_BL: Any, segment_ids_BL: Any) -> tuple[Any, Any]:
     """Weights that sum to 1 over each example (each segment of a row), and the number of examples that carry weight.
 

@@ -1,7 +1,8 @@
 """`itune plan --search`: mesh shapes, micro-batch and rematerialisation; the fastest that fits, the runner-up, and why.
 
-The global batch stays what the config says, so that every choice trains to the same result (contract 3). All candidates
-are ranked by formula; the best five are compiled where that is possible, and ranked again by what was compiled.
+The global batch stays what the config says, so that every choice trains to the same result (contract 3), and so does
+train.accumulation where the objective depends on it. All candidates are ranked by formula; the best five are compiled
+where that is possible, and ranked again by what was compiled.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, Literal
 
 from itune.config import Config
 from itune.models import load_model
+from itune.objectives.sft import by_micro_batch
 from itune.plan.apart import OutOfTime, compiled_apart
 from itune.plan.chips import Slice
 from itune.plan.inputs import Known
@@ -99,19 +101,22 @@ def compiled(
 
 def candidates(config: Config, where: Slice, experts: int = 1) -> Iterator[Config]:
     """Configs with every division of the devices over data, fsdp, tensor and the axis of a model's `experts`, every
-    micro-batch, every remat policy. Several slices hold a copy of the model each, or share one. mesh.context stays.
+    micro-batch (the config's where the objective depends on it), every remat policy. Several slices hold a copy of the
+    model each, or share one. mesh.context stays.
     """
     context = max(config.mesh.context, 1)
     of_one = where.chips // where.slices
     if of_one % context:
         raise InputError(f"--search: mesh.context={context} does not divide the {of_one} devices of a slice of "
                          f"{where.name}; set it to a divisor")
+    fixed = by_micro_batch(config.loss.weighting, config.loss.router_aux)
+    cuts = (config.train.accumulation,) if fixed else (1, 2, 4, 8, 16, 32, 64)
     for data, fsdp, tensor, expert in meshes(of_one // context, experts):
         for dcn_data in {where.slices, 1}:
             mesh = dataclasses.replace(config.mesh, data=data, fsdp=fsdp, tensor=tensor, expert=expert, context=context,
                                        dcn_data=dcn_data, dcn_fsdp=where.slices // dcn_data)
             groups = data * fsdp * where.slices
-            for accumulation in (n for n in (1, 2, 4, 8, 16, 32, 64) if config.train.batch_size % (n * groups) == 0):
+            for accumulation in (n for n in cuts if config.train.batch_size % (n * groups) == 0):
                 for remat in REMATS:
                     train = dataclasses.replace(config.train, accumulation=accumulation, remat=remat)
                     yield dataclasses.replace(config, mesh=mesh, train=train)

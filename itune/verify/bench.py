@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from itune.evaluators.heldout_loss import Evaluator
 from itune.feed import to_device
 from itune.models.model import Model
 from itune.models.unrolled import unroll_params
+from itune.optim import rate_multipliers
 from itune.setup_run import Data, Plan, make_plan
 from itune.step import init_state
 from itune.types import Batch, TrainState
@@ -45,7 +47,10 @@ class Bench:
         return self.measure({})
 
     def plan(self, changes: Mapping[str, Any], devices: int = 1, scan: bool = True) -> Plan:
-        return make_plan(changed(self.config, changes), self.data, quiet, jax.devices()[:devices], scan=scan)
+        config = changed(self.config, changes)
+        if not scan:
+            config = changed(config, _unrolled_patterns(self.plan(changes, devices)))
+        return make_plan(config, self.data, quiet, jax.devices()[:devices], scan=scan)
 
     def measure(
         self, changes: Mapping[str, Any], devices: int = 1, *, batches: Sequence[Batch] | None = None, scan: bool = True
@@ -65,7 +70,8 @@ class Bench:
         """The state of step 0; an unrolled model gets the layers of the scanned one."""
         if plan.model.scan:
             return first_state(plan, self.data.tokenizer, quiet)
-        stacked = make_plan(plan.config, self.data, quiet, list(plan.mesh.devices.flat))
+        own = {"optimizer.rates": self.config.optimizer.rates, "train.freeze": self.config.train.freeze}
+        stacked = make_plan(changed(plan.config, own), self.data, quiet, list(plan.mesh.devices.flat))
         state = first_state(stacked, self.data.tokenizer, quiet)
         trainable = unroll_params(plan.model, state.trainable)
         frozen = unroll_params(plan.model, state.frozen) if state.frozen else None
@@ -78,6 +84,24 @@ class Bench:
         some = types.SimpleNamespace(held_out=memory_store(store[i] for i in range(min(JUDGED, len(store)))))
         config = changed(self.config, {"eval.batch_size": batch_size})
         return float(Evaluator(config).run(model, params, self.data.tokenizer, some)[0]["loss"])
+
+
+def _unrolled_patterns(stacked: Plan) -> dict[str, Any]:
+    """What optimizer.rates and train.freeze choose in the stacked model, by the paths that the unrolled one has."""
+    def by_path(tree: Any, values: Any) -> dict[str, float]:
+        a_layer = jax.tree.map(lambda leaf, value: np.full(leaf.shape[:1], value), tree, values)
+        leaves = jax.tree_util.tree_leaves_with_path(unroll_params(stacked.model, a_layer))
+        paths = {jax.tree_util.keystr(path, simple=True, separator="/"): float(leaf.flat[0]) for path, leaf in leaves}
+        return {f"^{re.escape(path)}$": value for path, value in paths.items()}
+
+    config, state = stacked.config, stacked.state
+    changes: dict[str, Any] = {}
+    if config.optimizer.rates:
+        rates = rate_multipliers(state.trainable, config.optimizer.rates)
+        changes["optimizer.rates"] = by_path(state.trainable, rates)
+    if config.train.freeze:
+        changes["train.freeze"] = "|".join(by_path(state.frozen, jax.tree.map(lambda leaf: 0.0, state.frozen)))
+    return changes
 
 
 def tensors(model: Model, params: Any) -> dict[str, np.ndarray]:

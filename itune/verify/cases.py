@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from itune.objectives.sft import by_micro_batch
 from itune.types import InputError
 from itune.verify import runs
 from itune.verify.bench import Bench
@@ -27,8 +28,8 @@ class Case:
 
 
 def micro_batches(bench: Bench) -> Row:
-    if bench.config.loss.weighting == "microbatch_mean":
-        raise InputError("loss.weighting=microbatch_mean depends on train.accumulation by definition")
+    if setting := by_micro_batch(bench.config.loss.weighting, bench.config.loss.router_aux):
+        raise InputError(f"{setting} depends on train.accumulation by definition")
     return _against_reference(bench, {"train.accumulation": MICRO_BATCHES})
 
 

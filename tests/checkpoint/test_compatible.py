@@ -30,6 +30,17 @@ def test_each_key_changed_alone(key):
     assert bool(refused) == (classify(key) == "must")
 
 
+@pytest.mark.parametrize("loss", [{"weighting": "microbatch_mean"}, {"router_aux": 0.01}])
+def test_micro_batches_stay_where_the_objective_depends_on_them(loss):
+    def config(accumulation, **loss):
+        return from_dict({"train": {"accumulation": accumulation}, "loss": loss}).to_dict()
+
+    refused, allowed = compare_configs(config(1, **loss), config(4, **loss))
+    assert (refused, allowed) == (["train.accumulation: 1 there, 4 here"], [])
+    refused, allowed = compare_configs(config(1), config(4))
+    assert (refused, allowed) == ([], ["train.accumulation: 1 there, 4 here (results change by rounding)"])
+
+
 def test_moved_data_is_allowed_only_with_the_same_fingerprint():
     old = from_dict({"data": {"train": "a.jsonl"}}).to_dict()
     new = from_dict({"data": {"train": "b.jsonl"}}).to_dict()

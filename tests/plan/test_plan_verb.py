@@ -153,6 +153,14 @@ def test_candidates_keep_the_global_batch(llama):
     assert all(math.prod(shape) == 16 for shape in shapes)
 
 
+@pytest.mark.parametrize("loss, cuts", [
+    ({}, {1, 2, 4, 8, 16, 32}), ({"loss__weighting": "microbatch_mean"}, {2}), ({"loss__router_aux": 0.1}, {2}),
+])  # fmt: skip
+def test_candidates_keep_micro_batches_where_the_objective_depends_on_them(llama, loss, cuts):
+    config = config_8b(llama, train__batch_size=64, train__accumulation=2, **loss)
+    assert {c.train.accumulation for c in candidates(config, parse_topology("v5e:4x4"))} == cuts
+
+
 def test_candidates_keep_what_the_config_says_of_context_and_try_both_uses_of_slices(llama):
     where = parse_topology("2*v5e:4x4")
     found = list(candidates(config_8b(llama, train__batch_size=32, mesh__context=2), where))

@@ -68,9 +68,20 @@ def test_attention_across_examples_is_found(family_config, tmp_path, monkeypatch
     assert "DIFFER" in out and "0 agree, 1 differ, 0 not possible" in out
 
 
-def test_a_weighting_that_depends_on_micro_batches_is_not_compared(family_config, tmp_path):
-    small = make_small(family_config("qwen3", **{"loss.weighting": "microbatch_mean"}))
-    with pytest.raises(InputError, match="by definition"):
+def test_layer_paths_choose_the_same_of_unrolled_layers(family_config):
+    """Patterns over paths are about the stacked layers; unrolled ones have other paths."""
+    config = family_config("qwen3", **{
+        "optimizer.rates": {"blocks/layer_0/mlp": 0.0, "norm": 2.0}, "train.freeze": "blocks/.*q_proj"})  # fmt: skip
+    (row,) = verify(config, only=["unrolled"])["rows"]
+    assert row["passed"], row
+
+
+@pytest.mark.parametrize(("family", "setting"), [
+    ("qwen3", {"loss.weighting": "microbatch_mean"}), ("qwen3_moe", {"loss.router_aux": 0.1}),
+])  # fmt: skip
+def test_an_objective_that_depends_on_micro_batches_is_not_compared(family_config, tmp_path, family, setting):
+    small = make_small(family_config(family, **setting))
+    with pytest.raises(InputError, match=r"loss\..* depends on train\.accumulation by definition"):
         CASES["micro-batches"].run(Bench(small.config, small.data, tmp_path))
 
 
