@@ -18,6 +18,9 @@ import numpy as np
 from itune.types import InputError
 
 
+MOST = 2**31 - 1  # draws of a group
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """Rows to draw from each group, of so many available. `limited` names the groups held back by max_repeats."""
@@ -63,19 +66,43 @@ def plan(
     free = [name for name in available if name not in fixed]
     rate = {name: (weights or {}).get(name, 0.0 if weights else 1.0) for name in free}
     power = 1 / temperature if temperature is not None else 0.0 if weights else 1.0
-    mass = {name: rate[name] * capped[name] ** power if capped[name] else 0.0 for name in free}
+    mass = _mass(rate, capped, power)
     if weights and free and not any(mass.values()):
         raise InputError("mixture: every weight is 0 or its group empty; expected at least one above 0")
     wanted = total - sum(fixed.values()) if total else sum(capped[name] for name in free if mass[name] > 0)
     if wanted < 0:
         raise InputError(f"mixture: the fixed counts are {sum(fixed.values())} rows, more than the total of {total}")
-    limits = {name: max_repeats * available[name] if max_repeats else math.inf for name in free}
+    limits = _limits({name: available[name] for name in free}, max_repeats)
     shares, limited = _fill(mass, limits, wanted, "mixture")
     return Plan(_rounded(shares, wanted) | fixed, dict(available), limited)
 
 
+def _mass(rate: Mapping[str, float], rows: Mapping[str, int], power: float) -> dict[str, float]:
+    """What each group weighs before its limits: rate x rows ** power."""
+    try:
+        mass = {name: rate[name] * rows[name] ** power if rows[name] else 0.0 for name in rate}
+        if math.isfinite(sum(mass.values())):
+            return mass
+    except OverflowError:
+        pass
+    most = max(rows[name] for name in rate)
+    raise InputError(f"mixture: {most} rows ** (1 / temperature) x weight is no number; expected a smaller weight, or a "
+                     f"temperature above {math.log(max(most, 2)) / 700:.2g}")
+
+
+def _limits(rows: Mapping[Any, int], max_repeats: float) -> dict[Any, float]:
+    """The most draws of each group, whole: half a draw more would be made by rounding."""
+    if not max_repeats:
+        return dict.fromkeys(rows, math.inf)
+    return {name: float(np.floor(max_repeats * count + 1e-9)) for name, count in rows.items()}
+
+
 def _fixed(name: str, value: int | float, rows: int) -> int:
-    drawn = value if isinstance(value, int) else round(value * rows)
+    exact = value if isinstance(value, int) else value * rows
+    if exact > MOST:
+        raise InputError(f"mixture counts: {name} would be drawn more than {MOST} times, the most there may be (an int "
+                         "is a number of rows, a float a multiple of the group)")
+    drawn = round(exact)
     if drawn and not rows:
         raise InputError(f"mixture: {name} has no rows, and {value} of it are asked for")
     return drawn
@@ -111,7 +138,7 @@ def target_balance(
         mass = _scaled(mass, sources, 0) if sources else mass
     _reached(mass, categories, 1, "category")
     wanted = total or sum(kept.values())
-    limits = {cell: max_repeats * kept[cell] if max_repeats else math.inf for cell in kept}
+    limits = _limits(kept, max_repeats)
     shares, limited = _fill(mass, limits, wanted, "balance")
     return Plan(_rounded(shares, wanted), kept, limited)
 

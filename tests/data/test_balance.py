@@ -47,6 +47,30 @@ def test_what_a_limited_group_cannot_give_goes_to_the_others():
 
 
 @pytest.mark.parametrize(
+    ("rows", "settings"),
+    [
+        ({"a": 3, "b": 3}, {"total": 8, "max_repeats": 1.5}),
+        ({"a": 3, "b": 100}, {"weights": {"a": 1, "b": 1}, "max_repeats": 1.5}),
+        ({"a": 100, "b": 7}, {"weights": {"a": 1, "b": 9}, "total": 100, "max_repeats": 1.9}),
+        ({"a": 100, "b": 50}, {"weights": {"a": 1, "b": 9}, "total": 80, "max_repeats": 0.58}),  # 0.58 x 50 < 29
+    ],
+)
+def test_no_group_is_drawn_more_often_than_max_repeats(rows, settings):
+    made = balance.plan(rows, **settings)
+    assert made.total == settings.get("total", sum(rows.values()))
+    assert max(made.repeats().values()) <= settings["max_repeats"], made
+    cells = {(name, name): count for name, count in rows.items()}
+    shares = settings.get("weights", dict.fromkeys(rows, 1))
+    balanced = balance.target_balance(cells, shares, total=made.total, max_repeats=settings["max_repeats"])
+    assert balanced.total == made.total and max(balanced.repeats().values()) <= settings["max_repeats"]
+
+
+def test_half_a_draw_is_none():
+    with pytest.raises(InputError, match="9 draws asked for, but max_repeats allows 8"):
+        balance.plan({"a": 3, "b": 3}, total=9, max_repeats=1.5)
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"weights": {"wikki": 1}}, "nothing is called 'wikki'; did you mean 'wiki'"),
@@ -56,6 +80,12 @@ def test_what_a_limited_group_cannot_give_goes_to_the_others():
         ({"counts": {"wiki": 9}, "total": 5}, "fixed counts are 9 rows, more than the total of 5"),
         ({"total": 5, "weights": {"empty": 1}}, "every weight is 0 or its group empty"),
         ({"counts": {"empty": 3}}, "empty has no rows"),
+        ({"counts": {"wiki": 1e300}}, "wiki would be drawn more than 2147483647 times"),
+        ({"counts": {"wiki": 1e308}}, "wiki would be drawn more than"),  # ten times that is no number
+        ({"counts": {"wiki": 10**400}}, "wiki would be drawn more than"),
+        ({"temperature": 0.001}, r"10 rows \*\* \(1 / temperature\).*expected .*temperature above 0\.0033"),
+        ({"temperature": 1e-320}, "is no number"),
+        ({"weights": {"wiki": 1e308, "empty": 1e308}, "temperature": 0.5}, "expected a smaller weight"),
     ],
 )
 def test_bad_plans_are_refused(settings, message):
