@@ -17,7 +17,6 @@ import numpy as np
 
 from itune.types import InputError
 
-
 MOST = 2**31 - 1  # draws of a group
 
 
@@ -86,8 +85,8 @@ def _mass(rate: Mapping[str, float], rows: Mapping[str, int], power: float) -> d
     except OverflowError:
         pass
     most = max(rows[name] for name in rate)
-    raise InputError(f"mixture: {most} rows ** (1 / temperature) x weight is no number; expected a smaller weight, or a "
-                     f"temperature above {math.log(max(most, 2)) / 700:.2g}")
+    raise InputError(f"mixture: {most} rows ** (1 / temperature) x weight is no number; expected a smaller weight, or "
+                     f"a temperature above {math.log(max(most, 2)) / 700:.2g}")
 
 
 def _limits(rows: Mapping[Any, int], max_repeats: float) -> dict[Any, float]:
