@@ -36,7 +36,7 @@ def at_hand(arguments: argparse.Namespace) -> Iterator[None]:
             stack.enter_context(contextlib.redirect_stdout(cast(TextIO, stream)))
         for name, url in given.items():
             if name == "config":  # not a recipe: that is a program
-                arguments.config = local_files(url, (".json",), "--config")[0]
+                arguments.config = next(iter(local_files(url, (".json",), "--config")))
             elif name in ("workdir", "other") and verb not in ("demo", "verify"):
                 step = getattr(arguments, "step", None)
                 wanted = _WANTED.get(verb, "newest" if step is None else step)

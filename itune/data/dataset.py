@@ -76,7 +76,7 @@ def prepare(section: Any, tokenizer: Any, seed: int = 0, log: Callable[[str], No
     sources = open_sources(section.train, "data.train")
     eval_sources = open_sources(section.eval, "data.eval") if section.eval else []
     inputs = fingerprint_inputs(section, sources, eval_sources, tokenizer, seed)
-    places = [source.files for source in (*sources, *eval_sources)]  # the records name rows by file and line
+    places = [source.places for source in (*sources, *eval_sources)]  # the records name rows by file and line
     made_of = {**inputs, "code": code_digest(Path(__file__).parent), "places": places}
     folder = cache_folder(section.cache_dir) / hash_of(made_of)[:32]
     try:

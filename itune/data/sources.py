@@ -35,19 +35,25 @@ class Row(NamedTuple):
 class Source:
     """A named set of rows: `files` on disk, or `identifier` of a Hugging Face or TFDS dataset.
 
-    Of a bucket the files are copies here; `spec` is the URL.
+    Of a bucket the files are copies here, `spec` is the URL, and `urls` those of the files: rows are addressed by them.
     """
 
     name: str
     spec: str
     files: tuple[str, ...] = ()
     kind: str = "files"  # files | saved | hub | tfds
+    urls: tuple[str, ...] = ()
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """What addresses of rows call the files."""
+        return self.urls or self.files
 
     def rows(self) -> Iterator[Row]:
         """Every row in order. Raises InputError with file and line for what cannot be read."""
         if self.kind == "files":
-            for file in self.files:
-                yield from _read_file(self.name, file)
+            for file, place in zip(self.files, self.places, strict=True):
+                yield from _read_file(self.name, file, place)
         else:
             opened = _open_dataset(self)
             features = opened.features.to_dict() if getattr(opened, "features", None) else None
@@ -101,7 +107,8 @@ def _open(name: str, text: Any, key: str) -> Source:
     if text.startswith("tfds:"):
         return Source(name, text, kind="tfds")
     if is_url(text):
-        return Source(name, text, tuple(local_files(text, SUFFIXES, key)))
+        copies = local_files(text, SUFFIXES, key)
+        return Source(name, text, tuple(copies), urls=tuple(copies.values()))
     path = Path(text).expanduser()
     if path.is_file():
         return Source(name, text, (_known(path, key),))
@@ -161,7 +168,7 @@ def _nearest_file(path: Path) -> str:
     return f"; nearest: {folder / near[0]}" if near else f"; {folder} has no data file of a similar name"
 
 
-def _read_file(source: str, file: str) -> Iterator[Row]:
+def _read_file(source: str, file: str, place: str) -> Iterator[Row]:
     if file.endswith(".parquet"):
         reader = read_parquet(file)
     elif ".jsonl" in Path(file).name[-10:]:
@@ -169,7 +176,7 @@ def _read_file(source: str, file: str) -> Iterator[Row]:
     else:
         reader = read_json_array(file)
     for line, fields in reader:
-        yield Row(Address(source, file, line), fields)
+        yield Row(Address(source, place, line), fields)
 
 
 def _dataset_version(source: Source) -> str:

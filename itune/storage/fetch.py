@@ -21,8 +21,8 @@ _GLOB = "*?["
 LISTED: dict[str, dict[str, str]] = {}
 
 
-def local_files(url: str, suffixes: Sequence[str], key: str) -> list[str]:
-    """Local copies of the object, of the objects of a folder, or of those that a glob matches, in order of name.
+def local_files(url: str, suffixes: Sequence[str], key: str) -> dict[str, str]:
+    """Local copy -> URL of the object, of the objects of a folder, or of those that a glob matches, in order of name.
 
     Raises InputError, naming the config `key`, where there is none, where one ends in none of `suffixes`, or where the
     bucket cannot be reached.
@@ -39,8 +39,9 @@ def local_files(url: str, suffixes: Sequence[str], key: str) -> list[str]:
             raise InputError(f"{key}: {url}: no such object, nor a folder with one that ends in {', '.join(suffixes)}")
         if wrong := [name for name in names if not name.endswith(tuple(suffixes))]:
             raise InputError(f"{key}: {bucket.url}/{wrong[0]} ends in none of {', '.join(suffixes)}")
+        urls = [f"{bucket.url}/{name}" for name in names]
         with ThreadPoolExecutor(4) as pool:
-            return list(pool.map(lambda name: str(_object(f"{bucket.url}/{name}", key)), names))
+            return dict(zip(pool.map(lambda each: str(_object(each, key)), urls), urls, strict=True))
 
 
 def local_folder(path: str, key: str = "model.path", weights: bool = True) -> str:

@@ -92,11 +92,11 @@ def test_a_bucket_that_cannot_be_written_is_said_before_the_work(s3):
     with pytest.raises(InputError, match=r"^s3://nowhere/models/x: no such object or bucket \("), \
             uploaded("s3://nowhere/models/x", "proof"):
         pytest.fail("the work began")
-    with uploaded("s3://bucket/page.html") as path:
-        assert Bucket("s3://bucket").list() == {}  # the trial of it left nothing
+    pages = Bucket("s3://bucket/pages")
+    with uploaded("s3://bucket/pages/page.html") as path:
+        assert pages.list() == {}  # the trial of it left nothing
         path.write_text("page")
-    assert list(Bucket("s3://bucket").list()) == ["page.html"]
-    Bucket("s3://bucket").remove(["page.html"])
+    assert list(pages.list()) == ["page.html"]
 
 
 _PUSH = """
