@@ -64,13 +64,18 @@ def chunked_cross_entropy(
     hidden must be (B, L, D), its rows divisible by data x fsdp and its length by context.
     Gradients reach the kernel and the hidden states; targets and weights count as constants.
     """
-    if blocks > 1 and mesh is not None and mesh.size > 1:
-        raise InputError(f"config: loss.blocks={blocks} is for one device, the mesh has {mesh.size}; set it to 1 "
-                         "(fsdp and tensor divide the vocabulary)")
+    check_blocks(blocks, mesh)
     kernel_VD, hidden, targets, weights = jax.tree.map(jnp.asarray, (kernel_VD, hidden, targets, weights))
     static = _Static(logits_fn, chunk, blocks, mesh)
     loss_sum, nll, correct = _cross_entropy(static, kernel_VD, hidden, targets, weights.astype(jnp.float32))
     return CrossEntropy(loss_sum, jax.lax.stop_gradient(nll), jax.lax.stop_gradient(correct))
+
+
+def check_blocks(blocks: int, mesh: Any) -> None:
+    """Raise InputError for `blocks` above 1 on a mesh of several devices."""
+    if blocks > 1 and mesh is not None and mesh.size > 1:
+        raise InputError(f"config: loss.blocks={blocks} is for one device, the mesh has {mesh.size}; set it to 1 "
+                         "(fsdp and tensor divide the vocabulary)")
 
 
 class _Static(NamedTuple):

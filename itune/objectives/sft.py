@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from itune.objectives.losses import CrossEntropy, chunked_cross_entropy
+from itune.objectives.losses import CrossEntropy, check_blocks, chunked_cross_entropy
 from itune.objectives.objective import Objective
 from itune.types import Batch, InputError
 
@@ -39,13 +39,14 @@ def make_sft(
     `chunk`: tokens whose logits exist at one time on each device; `blocks`: parts of the vocabulary in which they do
     (above 1 for one device only: less memory, a third more products of the head). `parameters(trainable, frozen)`: what
     the model reads. `router_aux` times the load-balancing loss of the routers joins what is minimised: each
-    micro-batch's own, their mean by weight. Raises InputError for an unknown weighting, and for `router_aux` on a
-    model without experts.
+    micro-batch's own, their mean by weight. Raises InputError for an unknown weighting, for `router_aux` on a
+    model without experts, and for `blocks` on several devices.
     """
     if weighting not in WEIGHTINGS:
         near = difflib.get_close_matches(weighting, WEIGHTINGS, n=1)
         hint = f" (nearest: {near[0]})" if near else ""
         raise InputError(f"config: loss.weighting must be one of {', '.join(WEIGHTINGS)}, found {weighting!r}{hint}")
+    check_blocks(blocks, model.mesh)
     divide = weighting != "sum"
     if router_aux and all(kind.experts is None for kind in model.config.kinds):
         raise InputError(f"config: loss.router_aux={router_aux} needs a mixture of experts, and this model has none; "

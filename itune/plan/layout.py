@@ -12,6 +12,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from itune.config import Config
 from itune.models import Model, load_model
+from itune.objectives.sft import make_sft
 from itune.optim import make_optimizer
 from itune.sharding import MESH_AXES, axis_sizes, mesh_sizes
 from itune.step import abstract_state, check_batch
@@ -67,6 +68,8 @@ def lay_out(config: Config, devices: int, vocab_size: int | None = None, slices:
     model = OnPaper(**{field.name: getattr(model, field.name) for field in dataclasses.fields(model)} | {"mesh": mesh})
     if model.config.num_heads % sizes["tensor"]:
         raise InputError(f"mesh.tensor={sizes['tensor']} does not divide the model's {model.config.num_heads} heads")
+    loss = config.loss
+    make_sft(model, loss.weighting, loss.chunk, blocks=loss.blocks, router_aux=loss.router_aux)  # for what it refuses
     trainable, frozen = make_tuning(config, model).abstract()
     optimizer = make_optimizer(config.optimizer, 1)
     state = abstract_state(model, optimizer, mesh, trainable=trainable, frozen=frozen)

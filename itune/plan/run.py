@@ -12,9 +12,12 @@ import jax
 
 from itune.config import Config
 from itune.evaluators.heldout_loss import token_step
+from itune.judge import check_patience
+from itune.models import load_model
 from itune.models.architecture import ModelConfig
 from itune.models.attention import KERNELS
 from itune.models.layers import ADAPTERS
+from itune.optim import make_optimizer
 from itune.plan.apart import compiled_apart
 from itune.plan.chips import Slice, here, parse_topology
 from itune.plan.compile import Compiled, DoesNotFit, compile_lowered, topology_devices
@@ -26,7 +29,8 @@ from itune.plan.layout import Layout, lay_out, slices_said
 from itune.plan.memory import Need, formula_memory
 from itune.plan.report import Report, lines
 from itune.plan.traffic import across_slices, formula_traffic
-from itune.setup_run import Log, make_plan, training_only
+from itune.runtime.profiler import traced_steps
+from itune.setup_run import Log, make_plan, make_tuning, training_only
 from itune.sharding import batch_sharding, rows_divisor
 from itune.types import Batch, InputError
 
@@ -45,6 +49,7 @@ def plan(
     where = parse_topology(topology) if topology else this_machine()
     table = prices(price_file)
     facts = known(config)
+    _check_as_train(config, facts)
     can_compile = compiled and where.has_name and importlib.util.find_spec("libtpu") is not None
     if compiled and where.has_name and not can_compile:
         log("libtpu is absent (pip install libtpu): by formula only")
@@ -56,6 +61,16 @@ def plan(
     for line in lines(report, price_file):
         log(line)
     return report.to_dict()
+
+
+def _check_as_train(config: Config, facts: Known) -> None:
+    """Raise InputError for settings that `itune train` refuses whatever the mesh; `lay_out` checks the others."""
+    check_patience(config)
+    traced_steps(config.profile.steps)
+    section = config.model
+    model = load_model(section.path, None, section.param_dtype, revision=section.revision or None)
+    trainable, _ = make_tuning(config, model).abstract()
+    make_optimizer(config.optimizer, facts.steps or 1, trainable)
 
 
 def this_machine() -> Slice:

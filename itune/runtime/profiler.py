@@ -15,6 +15,16 @@ from itune.types import InputError
 from itune.writers import write_atomically
 
 
+def traced_steps(steps: str) -> tuple[int, int]:
+    """(first, last) of `profile.steps`, (0, 0) where it is empty. Raises InputError for what is no such range."""
+    if not steps:
+        return 0, 0
+    begin, _, end = steps.partition(":")
+    if not (begin.isdecimal() and end.isdecimal() and 1 <= int(begin) <= int(end)):
+        raise InputError(f"config: profile.steps must be first:last such as 10:13, found {steps!r}")
+    return int(begin), int(end)
+
+
 class Profiler:
     """Traces the steps that `profile.steps` names ("10:13": steps 10 to 13, counted from 1) into `profile/`.
 
@@ -25,13 +35,9 @@ class Profiler:
 
     def __init__(self, steps: str, workdir: Path, log: Callable[[str], None]) -> None:
         self.folder, self.log = workdir / "profile", log
-        self._from, self._to, self._begun, self._now = 0, 0, 0, 0
+        self._from, self._to = traced_steps(steps)
+        self._begun, self._now = 0, 0
         self._window: Any = None
-        if steps:
-            begin, _, end = steps.partition(":")
-            if not (begin.isdecimal() and end.isdecimal() and 1 <= int(begin) <= int(end)):
-                raise InputError(f"config: profile.steps must be first:last such as 10:13, found {steps!r}")
-            self._from, self._to = int(begin), int(end)
 
     def __enter__(self) -> Profiler:
         return self

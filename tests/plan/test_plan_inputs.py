@@ -52,12 +52,27 @@ def test_a_mesh_that_says_nothing_of_slices_spans_them(plan):
 
 
 @pytest.mark.parametrize("words, message", [
-    (["--config.lora.rank=4", "--config.lora.targets=nothing"], "none of .* of the last: .*matches no projection"),
+    (["--config.lora.rank=4", "--config.lora.targets=nothing"], "config: .*matches no projection"),
+    (["--config.loss.blocks=2"], r"none of .* of the last: .*loss\.blocks=2 is for one device"),
     (["--config.mesh.context=4", "--config.data.max_length=250"], "250 tokens do not divide over mesh.context=4"),
 ])  # fmt: skip
 def test_a_search_says_what_was_refused(plan, words, message):
     code, _, _, err = plan("--search", *words)
     assert code == 2 and re.search(message, err), err
+
+
+@pytest.mark.parametrize("word, message", [
+    ("loss.blocks=4", r"loss\.blocks=4 is for one device, the mesh has 4"),
+    ("loss.router_aux=0.1", r"loss\.router_aux=0\.1 needs a mixture of experts"),
+    ("optimizer.rates={'nothing_like_it': 0.5}", "'nothing_like_it' decides about no parameter"),
+    ("optimizer.options={'b1': 'much'}", "optimizer 'adamw' does not accept .*much"),
+    ("optimizer.name=adamv", "nearest: adam"),
+    ("profile.steps=abc", r"profile\.steps must be first:last such as 10:13, found 'abc'"),
+    ("eval.patience=2", r"eval\.patience=2 needs evaluations during training; set eval\.every"),
+])  # fmt: skip
+def test_what_training_refuses_is_refused(plan, word, message):
+    code, _, out, err = plan(f"--config.{word}")
+    assert code == 2 and re.search(message, err), out + err
 
 
 def test_a_kernel_is_judged_by_the_chip_that_is_planned_for(plan):
