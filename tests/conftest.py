@@ -28,6 +28,16 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="module")
+def own_cache(tmp_path_factory):
+    """Prepared data and compiled programs of the tests of one file, not the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        before = jax.config.jax_compilation_cache_dir
+        yield
+        jax.config.update("jax_compilation_cache_dir", before)
+
+
+@pytest.fixture(scope="module")
 def tiny_folder(tmp_path_factory) -> Path:
     """`model/` and `rows.jsonl` of `tiny_run`, for the tests of one file."""
     import tiny_run

@@ -7,7 +7,6 @@ import re
 import shutil
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from tiny_run import command, settings
@@ -20,16 +19,6 @@ from itune.types import InputError, RunError
 from itune.weights import base_weights
 
 pytestmark = pytest.mark.usefixtures("own_cache")
-
-
-@pytest.fixture(scope="module")
-def own_cache(tmp_path_factory):
-    """Prepared data and compiled programs of these tests, not the user's."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        before = jax.config.jax_compilation_cache_dir
-        yield
-        jax.config.update("jax_compilation_cache_dir", before)
 
 
 @pytest.mark.parametrize(("arguments", "code", "message"), [

@@ -29,7 +29,7 @@ from itune.step import init_state
 from itune.types import InputError, RunError
 from itune.writers import read_metrics
 
-pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
+pytestmark = [pytest.mark.filterwarnings("ignore:Sharding info not provided"), pytest.mark.usefixtures("own_cache")]
 STEPS = 12
 TIMINGS = {"tokens_per_second", "mfu", "memory"}
 
@@ -50,16 +50,6 @@ def inputs(tmp_path_factory):
                 {"role": "user", "content": f"Count to {last}, {number}"}, {"role": "assistant", "content": answer},
             ]}) + "\n")
     return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory):
-    """Tokenised data and compiled programs of these tests, not the user's."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        before = jax.config.jax_compilation_cache_dir
-        yield
-        jax.config.update("jax_compilation_cache_dir", before)
 
 
 def settings(inputs, **changes) -> Config:
