@@ -65,7 +65,8 @@ def plan(
 
 def _check_as_train(config: Config, facts: Known) -> None:
     """Raise InputError for settings that `itune train` refuses whatever the mesh; `lay_out` checks the others."""
-    check_patience(config)
+    if config.evaluators:  # without, only training is planned
+        check_patience(config)
     traced_steps(config.profile.steps)
     section = config.model
     model = load_model(section.path, None, section.param_dtype, revision=section.revision or None)
