@@ -31,12 +31,17 @@ def check_targets(arguments: argparse.Namespace) -> None:
             found = "is no path" if "\0" in path else "is a file" if folder else "is a folder"
             raise InputError(f"--{name} {path!r}: {found}; expected a {'folder' if folder else 'file'} to write")
         inside = Path(os.path.realpath(path), "file") if folder else Path(path).absolute()
-        above = next(each for each in inside.parents if os.path.lexists(each))
-        if not above.is_dir() or not os.access(above, os.W_OK):
+        if above := blocked_by(inside):
             raise InputError(f"--{name} {path}: cannot be written in {above}; expected a place in a folder of yours")
     out, prompts = given.get("out"), getattr(arguments, "prompts", None)
     if out and prompts and os.path.exists(out) and os.path.exists(prompts) and os.path.samefile(out, prompts):
         raise InputError(f"--out {out}: is the file of the prompts; expected another one")
+
+
+def blocked_by(path: Path) -> Path | None:
+    """The nearest of the folders above an absolute path that is there, where nothing can be made in it."""
+    above = next(each for each in path.parents if os.path.lexists(each))
+    return None if above.is_dir() and os.access(above, os.W_OK) else above
 
 
 def _check_readable(arguments: argparse.Namespace) -> None:

@@ -43,6 +43,14 @@ def train(model: Path, data: Path, workdir: Path, *arguments: str) -> int:
                  "--config.data.held_out_share=0", *arguments])
 
 
+def code_of(words: list[str]) -> int:
+    """The exit code, whether a verb returns it or the parser leaves with it."""
+    try:
+        return main(words)
+    except SystemExit as stop:
+        return stop.code
+
+
 def refused(capsys, code: int, expected_code: int, *patterns: str) -> None:
     error = capsys.readouterr().err
     assert code == expected_code, error
@@ -81,10 +89,7 @@ def test_help_fits_a_screen_and_gives_an_example(verb, capsys):
     (["export", "--workdir", "no/such/run", "--out", "y"], "no/such/run"),
 ])
 def test_wrong_usage_has_exit_code_2(arguments, said, capsys):
-    try:
-        code = main(arguments)
-    except SystemExit as stop:
-        code = stop.code
+    code = code_of(arguments)
     streams = capsys.readouterr()
     assert code == 2
     assert said in streams.err and "Traceback" not in streams.err
@@ -197,10 +202,7 @@ def test_a_place_that_cannot_be_written_is_said_before_the_work(verb, kind, tmp_
     (["train", "--config", "sft", "--workdir", ""], "--workdir is empty; expected a path"),
 ])
 def test_a_number_or_path_that_an_option_cannot_have_is_named(words, said, capsys):
-    try:
-        code = main(words)
-    except SystemExit as stop:
-        code = stop.code
+    code = code_of(words)
     error = capsys.readouterr().err
     assert code == 2 and said in error and error.count("\n") == 1
 

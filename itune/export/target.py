@@ -14,6 +14,7 @@ import jax
 
 from itune.export.hashes import PROOF
 from itune.models.hf.write import disk_error
+from itune.targets import blocked_by
 from itune.types import InputError, RunError
 
 MAX_NAME = 220  # bytes; file systems take 255, and the names beside it while it is written are longer
@@ -50,8 +51,7 @@ def _check(out: Path, needed: Mapping[str, Path]) -> None:
         raise InputError(f"{out}: is the current folder, or around it; choose a new folder in it")
     if os.path.ismount(folder):
         raise InputError(f"{out}: is a mount point, which nothing can take the place of; choose a new folder in it")
-    above = next(each for each in folder.parents if each.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
+    if above := blocked_by(folder):
         raise InputError(f"{out}: {above} cannot be written, where the export is made; choose a place in a folder of "
                          "yours")
 
