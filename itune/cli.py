@@ -13,6 +13,7 @@ from typing import Any, TextIO, cast
 
 from itune import __version__
 from itune.at_hand import at_hand, by_url
+from itune.runtime.cuda import set_up_jax
 from itune.runtime.libtpu import quiet_without_tpu
 from itune.runtime.output import drop_output, make_output_safe
 from itune.storage.cache import local_workdir
@@ -38,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
             raise InputError(f"argument {rest[0]!r} is not understood; see itune {arguments.verb} --help")
         arguments.overrides, arguments.words = rest, given
         quiet_without_tpu()
+        set_up_jax()
         check_targets(arguments)
         with _hidden_secrets(arguments.verb), at_hand(arguments):
             return VERBS[arguments.verb](arguments)

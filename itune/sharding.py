@@ -134,6 +134,15 @@ def platform(mesh: Mesh | None) -> str:
     return str(mesh.devices.flat[0].platform if mesh is not None else jax.default_backend())
 
 
+def stands_in(mesh: Mesh) -> bool:
+    """Whether its devices are not there: they can be compiled for, nothing can run on them."""
+    device = mesh.devices.flat[0]
+    try:
+        return device not in jax.devices(device.platform)
+    except RuntimeError:  # no such platform here
+        return True
+
+
 def is_one_cpu(mesh: Mesh) -> bool:
     """Whether the mesh is one CPU device, where a program may branch and copy as no accelerator would want to."""
     return mesh.size == 1 and platform(mesh) == "cpu"

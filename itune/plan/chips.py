@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from itune.flops import peak_flops
+from itune.runtime.cuda import MEMORY_SHARE
 from itune.types import InputError
 
 OVERLAP_EFFICIENCY = 0.8  # of interconnect and memory bandwidth, an assumption too
@@ -52,16 +53,17 @@ class Chip:
 
 
 GIB = 2**30
-# TPU memory is what the compiler lets a program have: 15.75 of 16 GiB on v5e, 31.25 of 32 on v6e, 95.74 on v5p
+# TPU memory is what the compiler lets a program have: 15.75 of 16 GiB on v5e, 31.25 of 32 on v6e, 95.74 on v5p; of a
+# GPU's, what itune has jax take
 CHIPS = {
     chip.name: chip
     for chip in (
         Chip("v5e", "TPU v5 lite", int(15.75 * GIB), 819e9, 200e9, 3.1e9, 0.60),
         Chip("v5p", "TPU v5", int(95.74 * GIB), 2765e9, 600e9, 6.25e9, 0.62),
         Chip("v6e", "TPU v6 lite", int(31.25 * GIB), 1638e9, 400e9, 12.5e9, 0.50),
-        Chip("h100", "NVIDIA H100", int(79.1 * GIB), 3350e9, 450e9, 50e9, 0.52, 67e12),
-        Chip("h200", "NVIDIA H200", int(139.8 * GIB), 4800e9, 450e9, 50e9, 0.52, 67e12),
-        Chip("a100", "NVIDIA A100", int(79.1 * GIB), 2039e9, 300e9, 25e9, 0.52, 19.5e12),
+        Chip("h100", "NVIDIA H100", int(MEMORY_SHARE * 79.1 * GIB), 3350e9, 450e9, 50e9, 0.52, 67e12),
+        Chip("h200", "NVIDIA H200", int(MEMORY_SHARE * 139.8 * GIB), 4800e9, 450e9, 50e9, 0.52, 67e12),
+        Chip("a100", "NVIDIA A100", int(MEMORY_SHARE * 79.1 * GIB), 2039e9, 300e9, 25e9, 0.52, 19.5e12),
     )
 }
 _WRAPS = {"v5e": 16, "v6e": 16, "v5p": 4}  # a ring closes along an axis of this many chips (a multiple of it)
@@ -88,11 +90,6 @@ class Slice:
     @property
     def chips(self) -> int:
         return self.slices * math.prod(self.shape)
-
-    @property
-    def has_name(self) -> bool:
-        """Whether libtpu can be asked for it by its name."""
-        return self.is_tpu and self.name != THIS_MACHINE
 
     @property
     def interconnect(self) -> float:
@@ -142,7 +139,8 @@ def _is_side(chip: str, size: int) -> bool:
 def here(devices: Sequence[Any]) -> Slice | None:
     """The slice that these devices are, None where their chip is not in the table: a CPU.
 
-    TPU chips that fill a box of their mesh have its name ("v5e:2x4"), which can be compiled for; others lie in a row.
+    TPU chips that fill a box of their mesh have its name ("v5e:2x4"), GPUs of one host theirs ("gpu:h200:8"), which
+    can be compiled for; others lie in a row.
     """
     kind = devices[0].device_kind.lower()
     found = [chip for chip in CHIPS.values() if chip.kind.lower() == kind]
@@ -157,4 +155,6 @@ def here(devices: Sequence[Any]) -> Slice | None:
         if slices * math.prod(shape) == count == slices * len(set(places)):
             several = f"{slices}*" if slices > 1 else ""
             return Slice(f"{several}{chip.name}:{'x'.join(map(str, shape))}", chip, shape, slices)
+    elif count <= HOST and len({device.process_index for device in devices}) == 1:
+        return Slice(f"gpu:{chip.name}:{count}", chip, (count,))
     return Slice(THIS_MACHINE, chip, (count,))

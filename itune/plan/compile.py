@@ -1,4 +1,4 @@
-"""The train step compiled ahead of time for TPUs that are not there: libtpu is a compiler too, and runs on any CPU."""
+"""The train step compiled ahead of time for chips that are not there: libtpu and JAX's CUDA plugin run on any CPU."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 
 import jax
 
+from itune.plan.chips import Slice
+from itune.plan.gpu_target import gpu_devices
 from itune.runtime.libtpu import only_compiles
 from itune.step import TrainStep
 from itune.types import Batch, InputError, TrainState
@@ -49,6 +51,19 @@ class DoesNotFit(InputError):
         self.needed = needed
 
 
+def slice_devices(where: Slice) -> list[Any]:
+    """Stand-ins for the chips of a slice, to build a mesh from. Raises InputError where their compiler refuses."""
+    if where.is_tpu:
+        return topology_devices(where.name.rpartition("*")[2], where.slices)
+    try:
+        return gpu_devices(where)
+    except Exception as error:  # jax, the plugin and XLA each raise their own
+        raise InputError(
+            f"topology {where.name!r}: cannot compile for it here ({_first_line(error)}); expected JAX's CUDA plugin "
+            f"of the same release as jax, {jax.__version__} (pip install 'itune[cuda-compiler]')"
+        ) from error
+
+
 def topology_devices(name: str, slices: int = 1) -> list[Any]:
     """Stand-ins for the devices of TPU slices such as "v5e:2x2", "v6e:2x4" or "v5p:2x2x1", to build a mesh from.
 
@@ -61,11 +76,14 @@ def topology_devices(name: str, slices: int = 1) -> list[Any]:
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **several).devices)
     except Exception as error:  # jax, the plugin and libtpu each raise their own
-        said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"topology {name!r}: cannot compile for it here ({said}); expected a slice such as v5e:2x2, v6e:2x4 or "
-            "v5p:2x2x1, and libtpu installed (pip install libtpu)"
+            f"topology {name!r}: cannot compile for it here ({_first_line(error)}); expected a slice such as v5e:2x2, "
+            "v6e:2x4 or v5p:2x2x1, and libtpu installed (pip install libtpu)"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def compile_step(step: TrainStep, state: TrainState, batch: Batch) -> Compiled:

@@ -18,7 +18,9 @@ import numpy as np
 from jax.interpreters.partial_eval import dce_jaxpr
 
 # flash attention: products of queries, keys and head width that a kernel does, over those of the forward pass
-KERNELS = {"fwd": 1.0, "dkv": 2.5, "bwd": 2.5, "dq": 1.5}
+KERNELS = {"preprocess": 0.0, "fwd": 1.0, "dkv": 2.5, "bwd": 2.5, "backward": 2.5, "dq": 1.5}
+CUDNN = "dot_product_attention_"  # what JAX calls cuDNN's, before fwd and bwd
+GPU_PALLAS = "mha_"  # and the names of Pallas kernels for GPUs begin with
 
 
 def count_flops(jaxpr: Any, turns: int = 1, visible: float = 0.5) -> dict[str, float]:
@@ -43,7 +45,7 @@ def _count(jaxpr: Any, times: float, turns: int, visible: float, total: dict[str
             if all(v.aval.dtype == np.float32 for v in equation.invars[:2]) and _is_matrix(equation):
                 total["float32"] += flops
                 total["exact"] += flops if _is_exact(equation) else 0.0
-        elif name == "pallas_call":
+        elif name == "pallas_call" or name.startswith(CUDNN):
             total["attention"] += times * _kernel(equation, visible)
         else:
             inner = times * _repeats(equation, turns)
@@ -105,12 +107,13 @@ def _product(equation: Any) -> float:
 
 def _kernel(equation: Any, visible: float) -> float:
     """An attention kernel by formula: 4 rows x heads x queries x keys x width, of which a share is visible."""
-    name = str(equation.params.get("name_and_src_info", equation.params.get("name", "")))
+    params, primitive = equation.params, equation.primitive.name
+    name = primitive if primitive.startswith(CUDNN) else str(params.get("name_and_src_info", params.get("name", "")))
     factor = next((factor for part, factor in KERNELS.items() if part in name), 1.0)
     floats = [v.aval for v in equation.invars if jnp.issubdtype(v.aval.dtype, jnp.floating)]  # masks come first
     shapes = [aval.shape for aval in floats if aval.ndim >= 3]
     if not shapes:
         return 0.0
-    query = shapes[0]  # (..., N, L, H); keys may have fewer heads and are as long
-    length = max(shape[-2] for shape in shapes[:3])
+    query = shapes[0]  # (..., N, L, H), on GPUs (B, L, N, H); keys may have fewer heads and are as long
+    length = query[-3] if name.startswith((CUDNN, GPU_PALLAS)) else max(shape[-2] for shape in shapes[:3])
     return factor * 4.0 * math.prod(query[:-1]) * length * query[-1] * visible

@@ -134,8 +134,8 @@ def _collective(kind: str, instruction: Instruction, times: float, computation: 
     started = instruction.operation.endswith("-start")
     if kind == "collective-permute" and started:
         sizes = sizes[1:2]  # (operand, result, two flags)
-    elif started and kind == "all-gather":
-        sizes = sizes[len(sizes) // 2 :]
+    elif started and kind != "all-reduce" and instruction.shape.startswith("("):
+        sizes = sizes[len(sizes) // 2 :]  # (operands, results)
     group, size = _group(instruction.rest), float(sum(sizes))
     source = re.search(r'op_name="([^"]*)"', instruction.rest)
     if kind == "all-reduce" and "all-reduce-scatter" in computation:  # a fusion of sum and slice: its result is whole
@@ -181,7 +181,12 @@ def _reached(bodies: dict[str, list[Instruction]], unknown_trips: int) -> dict[s
 
 
 def _trips(bodies: dict[str, list[Instruction]], where: str, loop: Instruction, unknown: int) -> int:
-    """Trip count of a while loop (of computation `where`) that counts to a constant by a constant step."""
+    """Trip count of a while loop (of computation `where`) that counts to a constant by a constant step.
+
+    XLA for GPUs says it (and hides the comparison in a fusion); for TPUs it is read from the loop.
+    """
+    if said := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
+        return int(said[1])
     condition, body = (re.search(rf"{part}=%?([\w.\-]+)", loop.rest) for part in ("condition", "body"))
     if condition is None or body is None:
         return unknown

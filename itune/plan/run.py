@@ -19,16 +19,18 @@ from itune.models.attention import KERNELS
 from itune.models.layers import ADAPTERS
 from itune.optim import make_optimizer
 from itune.plan.apart import compiled_apart
-from itune.plan.chips import Slice, here, parse_topology
-from itune.plan.compile import Compiled, DoesNotFit, compile_lowered, topology_devices
+from itune.plan.chips import THIS_MACHINE, Slice, here, parse_topology
+from itune.plan.compile import Compiled, DoesNotFit, compile_lowered, slice_devices
 from itune.plan.count import count_flops
 from itune.plan.estimate import estimate, prices
+from itune.plan.gpu_target import cudnn_memory
 from itune.plan.hlo import between_slices, collectives, moved
 from itune.plan.inputs import Known, known
 from itune.plan.layout import Layout, lay_out, slices_said
 from itune.plan.memory import Need, formula_memory
 from itune.plan.report import Report, lines
 from itune.plan.traffic import across_slices, formula_traffic
+from itune.runtime.cuda import compiler_here
 from itune.runtime.profiler import traced_steps
 from itune.setup_run import Log, make_plan, make_tuning, training_only
 from itune.sharding import batch_sharding, rows_divisor
@@ -41,8 +43,8 @@ def plan(
 ) -> dict[str, Any]:
     """Plan the run on a slice (this machine's devices without one), print it, and return the numbers.
 
-    Compiles where the slice is of TPUs and libtpu is there. Raises InputError for a config that cannot run there, and
-    for devices whose speed is not known; RunError where the compiler ends its process.
+    Compiles where the compiler for its chips is there: libtpu, or JAX's CUDA plugin. Raises InputError for a config
+    that cannot run there, and for devices whose speed is not known; RunError where the compiler ends its process.
     """
     if not config.model.path:
         raise InputError("config: model.path is empty; a folder with config.json is enough to plan")
@@ -50,9 +52,10 @@ def plan(
     table = prices(price_file)
     facts = known(config)
     _check_as_train(config, facts)
-    can_compile = compiled and where.has_name and importlib.util.find_spec("libtpu") is not None
-    if compiled and where.has_name and not can_compile:
-        log("libtpu is absent (pip install libtpu): by formula only")
+    lacks = _no_compiler(where)
+    can_compile = compiled and not lacks
+    if compiled and lacks:
+        log(f"{lacks}: by formula only")
     if search:
         from itune.plan.search import search as run_search
 
@@ -61,6 +64,17 @@ def plan(
     for line in lines(report, price_file):
         log(line)
     return report.to_dict()
+
+
+def _no_compiler(where: Slice) -> str:
+    """Why nothing can be compiled for these chips here, "" where it can."""
+    if where.name == THIS_MACHINE:
+        return "these chips have no name that a compiler knows"
+    if where.is_tpu:
+        return "" if importlib.util.find_spec("libtpu") else "libtpu is absent (pip install libtpu)"
+    if where.slices > 1:
+        return "GPUs of several hosts cannot be compiled for here (those of one can, such as gpu:h200:8)"
+    return "" if compiler_here() else "JAX's CUDA plugin is absent (pip install 'itune[cuda-compiler]')"
 
 
 def _check_as_train(config: Config, facts: Known) -> None:
@@ -107,8 +121,7 @@ def compiled_report(config: Config, where: Slice, facts: Known, table: dict[str,
     """Memory, traffic and FLOPs of the very programs that the run would compile."""
     begun, cpu = time.perf_counter(), time.process_time()
     layout = lay_out(config, where.chips, facts.data.tokenizer.vocab_size, where.slices)
-    devices = topology_devices(where.name.rpartition("*")[2], where.slices)
-    made = make_plan(training_only(config), facts.data, lambda line: None, devices)
+    made = make_plan(training_only(config), facts.data, lambda line: None, slice_devices(where))
     turns = math.ceil(layout.tokens / min(config.loss.chunk, layout.tokens))
     with jax.default_matmul_precision("default"):
         traced = made.step.trace(made.state, made.batch)
@@ -124,7 +137,7 @@ def compiled_report(config: Config, where: Slice, facts: Known, table: dict[str,
     traffic, across = formula_traffic(layout), across_slices(layout)
     shown = _shown(traffic, across)
     if program is not None:
-        traffic, needed = moved(collectives(program.text, turns)), program.memory.peak
+        traffic, needed = moved(collectives(program.text, turns)), program.memory.peak + cudnn_memory(program.text)
         others = moved(between_slices(program.text, turns))
         across, shown = sum(others.values()), traffic | {f"{kind} of slices": size for kind, size in others.items()}
     report = Report(

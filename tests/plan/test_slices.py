@@ -27,7 +27,7 @@ def small_model(tmp_path_factory):
 
 
 def compiled(model, **changes):
-    return ahead._compile(model, SLICES, **{"data.max_length": 256, **changes})
+    return ahead._compile(model, f"{SLICES}*{ahead.TPU}", **{"data.max_length": 256, **changes})
 
 
 def kernels(plan):
@@ -88,7 +88,7 @@ def test_a_copy_over_two_slices_exchanges_weights_and_sums(small_model):
 def test_copies_in_and_over_slices(small_model):
     """dcn_data x dcn_fsdp on four slices, data and fsdp in each: every part of an axis lies in one slice."""
     changes = {"mesh.dcn_data": 2, "mesh.dcn_fsdp": 2, "mesh.data": 2, "mesh.fsdp": 2, "train.batch_size": 16}
-    plan, program = ahead._compile(small_model, 4, **{"data.max_length": 256, **changes})
+    plan, program = ahead._compile(small_model, f"4*{ahead.TPU}", **{"data.max_length": 256, **changes})
     assert dict(plan.mesh.shape) == {"data": 4, "fsdp": 4, "expert": 1, "context": 1, "tensor": 1}
     grid = plan.mesh.devices.reshape(2, 2, 2, 2)  # slices of data, data, slices of fsdp, fsdp
     for outer in range(2):

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from itune.models.attention import xla
-from itune.sharding import RULES, rows_divisor
+from itune.sharding import RULES, rows_divisor, stands_in
 
 MAX_SEGMENTS = 32  # a row, when nobody says; see `cudnn`
 GROUPED_SINCE = (0, 11, 1)  # the first jax whose packed cuDNN attention reads grouped keys from the right place
@@ -148,15 +148,16 @@ def unsupported(
         return "it has no mesh.context"
     if mesh is not None and key.shape[2] % mesh.shape["tensor"]:
         return f"mesh.tensor={mesh.shape['tensor']} does not divide {key.shape[2]} key/value heads"
-    return self_check(name, heads // key.shape[2], head_dim, window is not None, jnp.dtype(query.dtype).name)
+    runs = mesh is None or not stands_in(mesh)
+    return self_check(name, heads // key.shape[2], head_dim, window is not None, jnp.dtype(query.dtype).name, runs)
 
 
 @functools.lru_cache(maxsize=32)
-def self_check(name: str, group: int, head_dim: int, windowed: bool, dtype: str) -> str:
+def self_check(name: str, group: int, head_dim: int, windowed: bool, dtype: str, runs: bool = True) -> str:
     """Run a kernel on 2 rows of 256 tokens in 5 segments, and compare output and gradients with XLA in float32.
 
     -> "" when they agree within TOLERANCE of the largest entry, else what was wrong. Runs at once, even while a
-    function is being traced.
+    function is being traced. For a GPU that is not there (`runs` False) the kernel is only traced: JAX's own checks.
     """
     kernels: dict[str, Callable[..., jax.Array]] = {"cudnn": cudnn, "pallas": triton}
     window = 40 if windowed else None
@@ -164,9 +165,11 @@ def self_check(name: str, group: int, head_dim: int, windowed: bool, dtype: str)
     # out of a trace, no Pallas kernel can be traced and cuDNN's partitioning rule asserts (seen with jax 0.11.2)
     with ThreadPoolExecutor(1) as fresh:
         try:
-            found = fresh.submit(probe, kernels[name], group, head_dim, window, dtype).result()
+            found = fresh.submit(probe, kernels[name], group, head_dim, window, dtype, runs).result()
         except Exception as error:  # whatever a driver, cuDNN or a private entry of another jax raises means "not here"
             return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        if not runs:
+            return ""
         wanted = fresh.submit(probe, xla.attention, group, head_dim, window, "float32").result()
     for what, a, b in zip(("output", "query gradient", "key gradient", "value gradient"), found, wanted):
         off = np.abs(a - b).max() / np.abs(b).max()
@@ -176,8 +179,13 @@ def self_check(name: str, group: int, head_dim: int, windowed: bool, dtype: str)
 
 
 @functools.lru_cache(maxsize=32)
-def probe(kernel: Callable[..., jax.Array], group: int, head_dim: int, window: int | None, dtype: str) -> list[Any]:
-    """Output and the gradients of query, key, value on the fixed input of `self_check`, float32 arrays."""
+def probe(
+    kernel: Callable[..., jax.Array], group: int, head_dim: int, window: int | None, dtype: str, runs: bool = True
+) -> list[Any]:
+    """Output and the gradients of query, key, value on the fixed input of `self_check`, float32 arrays.
+
+    Nothing, and nothing is run, where `runs` is False: what JAX refuses when it traces the kernel, it raises.
+    """
     rng = np.random.default_rng(0)
     query, key, value, weight = (
         jnp.asarray(rng.normal(size=(2, 256, heads, head_dim)), "bfloat16").astype(dtype)
@@ -206,5 +214,8 @@ def probe(kernel: Callable[..., jax.Array], group: int, head_dim: int, window: i
         out, pullback = jax.vjp(masked, query, key, value)
         return out, *pullback(weight)
 
+    if not runs:
+        jax.eval_shape(both, query, key, value)
+        return []
     run = jax.jit(both, compiler_options=UNTUNED if kernel is xla.attention else None)
     return [np.asarray(x.astype(jnp.float32)) for x in run(query, key, value)]

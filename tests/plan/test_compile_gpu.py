@@ -1,0 +1,113 @@
+"""What is a GPU's own in a program compiled for one that is not there. Needs JAX's CUDA plugin (dev extra)."""
+
+from __future__ import annotations
+
+import json
+import os
+import types
+
+import jax
+import pytest
+from test_compile import CHUNK, GPU, LENGTH, ROWS, _arrays, _compile_once, needs_plugin
+from test_compile import jax_answers_as_before as jax_answers_as_before
+from test_compile import model_15m as model_15m
+
+from itune.cli import main
+from itune.models.attention import gpu
+from itune.plan import compile as compiling
+from itune.plan import run
+from itune.plan.chips import CHIPS, here, parse_topology
+from itune.plan.gpu_target import TARGETS, cudnn_memory
+from itune.runtime import cuda
+from itune.types import InputError
+
+
+def forget():
+    gpu.self_check.cache_clear()
+    gpu.probe.cache_clear()
+    jax.clear_caches()
+
+
+@needs_plugin
+@pytest.mark.parametrize("where, kernel, other", [
+    (GPU, "__cudnn$fmhaSoftmaxBackward", "mha_backward"),
+    ("gpu:a100:4", "mha_backward", "__cudnn"),  # cuDNN takes packed rows from Hopper on
+])  # fmt: skip
+def test_the_step_uses_the_kernel_of_its_gpu(model_15m, where, kernel, other):
+    forget()  # what was traced for another GPU; a plan has a process of its own
+    plan, program = _compile_once(model_15m, where)
+    forget()
+    assert {device.device_kind for device in plan.mesh.devices.flat} == {parse_topology(where).chip.kind}
+    assert plan.mesh.shape["fsdp"] == plan.mesh.size == 4
+    assert kernel in program.text and other not in program.text
+    squares = [shape for shape in _arrays(program.text) if shape[-2:] == (LENGTH, LENGTH) and len(shape) > 2]
+    assert not squares, "attention scores reach memory"
+
+
+@needs_plugin
+def test_memory_of_attention_is_a_gradient_a_segment(model_15m):
+    plan, program = _compile_once(model_15m, GPU)
+    config, segments = plan.model.config, plan.model.max_segments
+    assert segments > 1
+    rows = ROWS // plan.mesh.size
+    assert cudnn_memory(program.text) == 4 * rows * segments * config.num_heads * LENGTH * config.head_dim
+    assert cudnn_memory("") == 0
+
+
+@needs_plugin
+def test_a_plan_for_gpus_is_compiled_in_a_process_of_its_own(model_15m, tmp_path, capsys):
+    arguments = ["plan", "--config", "sft", f"--config.model.path={model_15m}", "--config.model.compute_dtype=bfloat16",
+                 f"--config.loss.chunk={CHUNK}", f"--config.train.batch_size={ROWS}",
+                 f"--config.data.max_length={LENGTH}", "--config.train.max_steps=7"]  # fmt: skip
+    assert main([*arguments, f"--topology={GPU}", f"--json={tmp_path / 'plan.json'}"]) == 0
+    said = capsys.readouterr()
+    assert "compiled for these chips" in said.out and "by formula" not in said.out
+    assert not said.err, said.err
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert found["compiled"]["fits_compiler"] == 1.0 and 0 < found["memory"]["evaluation"] < found["memory"]["total"]
+    assert found["traffic"]["all-gather"] > 0 and found["traffic"]["reduce-scatter"] > 0
+    assert found["memory"]["total"] == pytest.approx(found["compiled"]["formula_total"], rel=0.15)
+    assert main([*arguments, "--config.train.batch_size=16", "--topology=gpu:h200:16"]) == 0
+    said = capsys.readouterr().out
+    assert "GPUs of several hosts cannot be compiled for here" in said and "(by formula" in said
+
+
+def test_without_the_plugin_the_formula_answers_and_says_what_to_install(model_15m, monkeypatch, capsys):
+    monkeypatch.setattr(run, "compiler_here", lambda: False)
+    assert main(["plan", "--config", "sft", f"--config.model.path={model_15m}", "--config.train.max_steps=7",
+                 f"--topology={GPU}"]) == 0  # fmt: skip
+    said = capsys.readouterr().out
+    assert "JAX's CUDA plugin is absent (pip install 'itune[cuda-compiler]'): by formula only" in said
+
+
+def test_a_plugin_that_refuses_is_one_message(monkeypatch):
+    def refuses(where):
+        raise RuntimeError("Unable to load plugin: built for jax 0.1\nstack")
+
+    monkeypatch.setattr(compiling, "gpu_devices", refuses)
+    expected = r"'gpu:h200:4': cannot compile for it here .*built for jax 0\.1\).*itune\[cuda-compiler\]"
+    with pytest.raises(InputError, match=expected):
+        compiling.slice_devices(parse_topology(GPU))
+
+
+def test_every_gpu_that_has_a_name_can_be_described():
+    assert set(TARGETS) == {name for name, chip in CHIPS.items() if chip.kind.startswith("NVIDIA")}
+
+
+def test_gpus_of_one_host_have_a_name_and_those_of_several_have_none():
+    def devices(count, hosts=1):
+        return [types.SimpleNamespace(device_kind="NVIDIA H200", process_index=i % hosts) for i in range(count)]
+
+    assert (here(devices(8)).name, here(devices(2)).name) == ("gpu:h200:8", "gpu:h200:2")
+    assert here(devices(16, 2)).name == here(devices(2, 2)).name == "this machine"
+
+
+def test_a_run_may_use_the_memory_that_a_plan_counts(monkeypatch):
+    """JAX takes three quarters of a GPU unless told: a run that "fits" would have ended for want of memory."""
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    assert main(["checkpoints", "/nowhere"]) == 2
+    assert float(os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"]) == cuda.MEMORY_SHARE
+    assert CHIPS["h200"].memory == int(cuda.MEMORY_SHARE * 139.8 * 2**30)
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", ".5")
+    assert main(["checkpoints", "/nowhere"]) == 2
+    assert os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == ".5"
