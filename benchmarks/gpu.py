@@ -3,6 +3,7 @@
 
     python -m benchmarks.gpu [ROW ...] [--seconds N]     # every row, each in a process of its own
     python -m benchmarks.gpu --tiny                      # the same code in tiny form, on any device
+    python -m benchmarks.gpu --compile gpu:h200:1        # no GPU: the rows' programs and their memory
 
 gemm          matrix products, 8192 cubed, bfloat16: what this card can do
 attention     cuDNN on packed rows against the whole square in float32: output and gradients, and milliseconds
@@ -33,6 +34,7 @@ ROWS = (
     "gemm", "attention", "cross_entropy", "full_1b", "full_8b", "lora_8b", "lora_8b_packed", "torch_lora_8b",
     "experts",
 )  # fmt: skip
+COMPILED = ("cross_entropy", "full_1b", "full_8b", "lora_8b", "lora_8b_packed", "experts")
 
 
 def main() -> int:
@@ -40,22 +42,28 @@ def main() -> int:
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"any of {', '.join(ROWS)}")
     parser.add_argument("--seconds", type=float, default=500, help="no row starts after this (500)")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, on any device")
+    parser.add_argument("--compile", metavar="GPU", help="compile only, for a GPU as in itune plan")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if unknown := [row for row in given.rows if row.partition(":")[0] not in ROWS]:
         parser.error(f"no row {unknown[0]}; there are {', '.join(ROWS)}")
     if given.here:
-        run_here(given.rows[0], given.tiny)
+        run_here(given.rows[0], given.tiny, given.compile)
         return 0
-    start, failed = time.monotonic(), []
-    for row in given.rows or ROWS:
+    start, failed, environment = time.monotonic(), [], dict(os.environ)
+    as_asked = [*(["--tiny"] if given.tiny else []), *(["--compile", given.compile] if given.compile else [])]
+    if given.compile:
+        if refused := [row for row in given.rows if row.partition(":")[0] not in COMPILED]:
+            parser.error(f"row {refused[0]} is not compiled alone; those that are: {', '.join(COMPILED)}")
+        environment["JAX_PLATFORMS"] = "cpu"
+    for row in given.rows or (COMPILED if given.compile else ROWS):
         left = given.seconds - (time.monotonic() - start)
         if left <= 0:
             say(row, skipped=f"the {given.seconds:.0f} s were over")
             continue
-        command = [sys.executable, "-m", "benchmarks.gpu", row, "--here", *(["--tiny"] if given.tiny else [])]
+        command = [sys.executable, "-m", "benchmarks.gpu", row, "--here", *as_asked]
         try:
-            code = subprocess.run(command, timeout=left).returncode
+            code = subprocess.run(command, timeout=left, env=environment).returncode
         except subprocess.TimeoutExpired:
             code = f"no end within {left:.0f} s"
         if code:
@@ -68,10 +76,11 @@ def say(row: str, **values: Any) -> None:
     print(json.dumps({"row": row, **values}), flush=True)
 
 
-def run_here(row: str, tiny: bool) -> None:
+def run_here(row: str, tiny: bool, compiled_for: str | None = None) -> None:
     """One row in this process. ROW:key=value:... overrides the row's settings, to try things out."""
     name, *settings = row.split(":")
     options = {key: json.loads(value) for key, value in (part.split("=", 1) for part in settings)}
+    options |= {"compiled_for": compiled_for} if compiled_for else {}
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", ".95")
     place = {"torch_lora_8b": "gpu_torch", "experts": "gpu_experts"}.get(name, "gpu_rows")
     values = getattr(importlib.import_module(f"benchmarks.{place}"), name)(tiny, **options)

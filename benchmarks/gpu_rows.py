@@ -10,14 +10,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 
 from benchmarks.gpu import milliseconds
+from benchmarks.gpu_compiled import compile_training
 from itune.data.loader import build_batch
 from itune.flops import peak_flops
 from itune.models import Model, ModelConfig
 from itune.models.architecture import Experts, LayerKind, Rope
 from itune.models.lora import Lora
 from itune.objectives.losses import chunked_cross_entropy
+from itune.plan.chips import parse_topology
+from itune.plan.compile import compile_lowered, slice_devices
 from itune.sharding import make_mesh
 from itune.types import Batch
 from scripts.gpu_check import measure_training, packed_batches
@@ -88,19 +92,15 @@ def attention(tiny: bool) -> list[dict[str, Any]]:
 
 
 def cross_entropy(
-    tiny: bool, chunk: int = 2048, blocks: int = 8, sizes: tuple[int, int, int] = (16384, 248320, 2048)
+    tiny: bool, chunk: int = 2048, blocks: int = 8, sizes: tuple[int, int, int] = (16384, 248320, 2048),
+    compiled_for: str = "",
 ) -> dict[str, Any]:
     """Loss and gradients of head kernel and hidden states, as the training step calls it."""
     tokens, vocab, width = (64, 128, 32) if tiny else sizes
-    keys = jax.random.split(jax.random.key(0), 3)
-    kernel_VD = 0.02 * jax.random.normal(keys[0], (vocab, width), jnp.bfloat16)
-    hidden_TD = jax.random.normal(keys[1], (tokens, width), jnp.bfloat16)
-    targets_T = jax.random.randint(keys[2], (tokens,), 0, vocab)
-    weights_T = jnp.ones(tokens, jnp.float32)
     logits = llama("tiny", None).head_logits
 
     @jax.jit
-    def both(kernel_VD: Any, hidden_TD: Any) -> Any:
+    def both(kernel_VD: Any, hidden_TD: Any, targets_T: Any, weights_T: Any) -> Any:
         def loss(kernel_VD: Any, hidden_TD: Any) -> Any:
             result = chunked_cross_entropy(
                 logits, kernel_VD, hidden_TD, targets_T, weights_T, chunk=min(chunk, tokens), blocks=blocks
@@ -109,12 +109,25 @@ def cross_entropy(
 
         return jax.value_and_grad(loss, argnums=(0, 1))(kernel_VD, hidden_TD)
 
-    compiled = both.lower(kernel_VD, hidden_TD).compile()
-    took = milliseconds(lambda: compiled(kernel_VD, hidden_TD), jax.block_until_ready)
+    def inputs() -> tuple[Any, ...]:
+        keys = jax.random.split(jax.random.key(0), 3)
+        kernel_VD = 0.02 * jax.random.normal(keys[0], (vocab, width), jnp.bfloat16)
+        hidden_TD = jax.random.normal(keys[1], (tokens, width), jnp.bfloat16)
+        return kernel_VD, hidden_TD, jax.random.randint(keys[2], (tokens,), 0, vocab), jnp.ones(tokens, jnp.float32)
+
+    what = {"tokens": tokens, "vocab": vocab, "width": width, "chunk": chunk, "blocks": blocks,
+            "limit_milliseconds": 137, "limit_bytes": 4e9}  # fmt: skip
+    if compiled_for:
+        place = SingleDeviceSharding(slice_devices(parse_topology(compiled_for))[0])
+        given = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for x in jax.eval_shape(inputs)]
+        memory = compile_lowered(both.lower(*given), "the loss").memory
+        return {**what, "compiled_for": compiled_for, "peak_bytes": memory.peak, "temporary_bytes": memory.temporaries}
+    given = inputs()
+    compiled = both.lower(*given).compile()
+    took = milliseconds(lambda: compiled(*given), jax.block_until_ready)
     memory, sizes_of = jax.devices()[0].memory_stats() or {}, compiled.memory_analysis()
     return {
-        "tokens": tokens, "vocab": vocab, "width": width, "chunk": chunk, "blocks": blocks, "milliseconds": took,
-        "limit_milliseconds": 137, "limit_bytes": 4e9,
+        **what, "milliseconds": took,
         "tflops_per_second": (6 if blocks == 1 else 8) * tokens * vocab * width / took / 1e9,
         "peak_bytes": memory.get("peak_bytes_in_use"), "temporary_bytes": sizes_of.temp_size_in_bytes,
         "argument_bytes": sizes_of.argument_size_in_bytes, "output_bytes": sizes_of.output_size_in_bytes,
@@ -142,15 +155,20 @@ def lora_8b_packed(tiny: bool, **options: Any) -> dict[str, Any]:
 
 def train(
     size: str, packed: bool, *, rows: int, length: int, remat: str = "dots", param_dtype: str = "float32",
-    chunk: int = 8192, **options: Any,
+    chunk: int = 8192, compiled_for: str = "", **options: Any,
 ) -> dict[str, Any]:
-    """`measure_training`; where "dots" keeps more than the memory holds, all is recomputed, and the line says so."""
-    mesh = make_mesh(devices=[jax.devices()[0]])
+    """`measure_training`; where "dots" keeps more than the memory holds, all is recomputed, and the line says so.
+
+    With `compiled_for`, such as "gpu:h200:1", the step is only compiled, for a GPU that need not be there.
+    """
+    mesh = make_mesh(devices=slice_devices(parse_topology(compiled_for)) if compiled_for else [jax.devices()[0]])
     rows, length, chunk = (2, 128, 64) if size.startswith("tiny") else (rows, length, chunk)
     vocab = SIZES[size]["vocab_size"]
     batches, most = conversations(2, rows, length, vocab) if packed else (whole_batches(2, rows, length, vocab), 1)
     model = llama(size, mesh, remat=remat, max_segments=most, param_dtype=param_dtype)
     segments = [int(row.max()) for batch in batches for row in batch.segment_ids_BL]
+    if compiled_for:
+        return compile_training(model, batches[0], mesh, compiled_for, chunk=chunk, **options)
     try:
         values = measure_training(model, batches, mesh, chunk=chunk, **options)
     except jax.errors.JaxRuntimeError as error:

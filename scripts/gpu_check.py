@@ -168,17 +168,25 @@ def check_training(model: Model, batches: list[Batch], mesh: Any, steps: int, ch
     say("training", right=right, **values)
 
 
-def measure_training(
-    model: Model, batches: list[Batch], mesh: Any, steps: int, chunk: int, *, warm_up: int = 5,
-    lora: Lora | None = None, stochastic_rounding: bool = False, **settings: Any,
-) -> dict[str, Any]:
-    """Real tokens a second, MFU and memory of the training step from random weights; the first steps, with
-    compilation, are not timed. `settings` are fields of the config's optimizer section."""
+def training(
+    model: Model, mesh: Any, steps: int, chunk: int, *, lora: Lora | None = None, stochastic_rounding: bool = False,
+    **settings: Any,
+) -> tuple[Any, Any, Tuning]:
+    """Training step, optimizer and what trains. `settings` are fields of the config's optimizer section."""
     section = types.SimpleNamespace(**{**OPTIMIZER, **settings})
     optimizer, schedule = make_optimizer(section, steps), make_schedule(section, steps)
     tuning = Tuning(model, lora=lora)
     objective = make_sft(model, chunk=chunk, parameters=tuning.parameters)
     step = make_train_step(objective, optimizer, schedule, mesh, stochastic_rounding=stochastic_rounding)
+    return step, optimizer, tuning
+
+
+def measure_training(
+    model: Model, batches: list[Batch], mesh: Any, steps: int, chunk: int, *, warm_up: int = 5, **options: Any
+) -> dict[str, Any]:
+    """Real tokens a second, MFU and memory of the training step from random weights; the first steps, with
+    compilation, are not timed. `options` are those of `training`."""
+    step, optimizer, tuning = training(model, mesh, steps, chunk, **options)
     trainable, frozen = tuning.divide(lambda: model.init(jax.random.key(0)), seed=0)
     state = init_state(model, trainable, optimizer, 0, mesh, frozen=frozen or None)
     del trainable, frozen

@@ -70,16 +70,18 @@ LENGTH = 4096
 HEAD = """# What a run needs, before it is paid for
 
 `itune plan --config F --topology v5e:4x4` answers on a laptop: memory of one device, "fits" or by how much not, bytes
-that devices exchange, FLOPs done over FLOPs needed, step time, hours and cost. With libtpu (`pip install libtpu`) it
-compiles the run's own train and evaluation steps for the real chips; without, or with `--formula`, it computes.
-`--search` looks for the fastest mesh, micro-batch and rematerialisation that fits (it compiles train steps only).
-`itune train` says in one line what it will use. Prices come from `configs/prices.toml`: list prices on a date, yours
-to edit.
+that devices exchange, FLOPs done over FLOPs needed, step time, hours and cost. With a compiler for the chips it
+compiles the run's own train and evaluation steps: libtpu for TPUs (`pip install libtpu`), JAX's CUDA plugin for the
+GPUs of one host such as `gpu:h200:8` (`pip install 'itune[cuda-compiler]'`: 130 MB; no GPU, driver or CUDA library).
+Without, or with `--formula`, it computes. `--search` looks for the fastest mesh, micro-batch and rematerialisation that
+fits (it compiles train steps only). `itune train` says in one line what it will use. Prices come from
+`configs/prices.toml`: list prices on a date, yours to edit.
 
 This page is written by `scripts/plan_table.py`. All rows: {length} tokens a row, one row a chip, `train.remat=full`,
 bfloat16 compute, fsdp over all chips, packed rows with segment ids, clipping. Full tuning has float32 weights and
 both moments in float32; LoRA has rank 16 on every projection and a bfloat16 base. GiB a chip; **bold** fits into what
-programs may use (v5e 15.75, v6e 31.25, v5p 95.74 GiB).
+programs may use (v5e 15.75, v6e 31.25, v5p 95.74 GiB; 0.9 of a GPU's memory, which is what itune has JAX take unless
+`XLA_PYTHON_CLIENT_MEM_FRACTION` says otherwise: H100 71.2, H200 125.8 GiB).
 
 Times are estimates, not measurements: nothing here has run on a TPU. They assume a stated share of peak (v5e 60 %,
 v5p 62 %, v6e 50 %), 80 % of the interconnect, and that exchange and computation overlap. `model.compute_dtype=float32`
@@ -138,15 +140,24 @@ def report_of(folder: Path, target: str, how: Callable[..., Any]) -> Any:
     return how(config, where, known(config, read_data=False), {})
 
 
-def compiled_table(folder: Path, rows: dict[str, Any]) -> list[str]:
+ON_TPUS = """## Compiled for TPUs
+
+The train and evaluation steps as above, compiled ahead of time (libtpu) without the chips: full tuning on
+one slice of each chip that holds it, LoRA on the smallest. Bytes are what one device receives a step, loops
+counted; a collective-permute is a gather or a sum that XLA runs as a ring beside the product. On v5e:8x8 and
+16x16, v6e:8x8 and v5p:2x2x4 XLA sums gradients by all-reduce, twice the bytes of a reduce-scatter, which the
+estimates below take. The formula is within a tenth of every row.
+"""
+ON_GPUS = """## Compiled for GPUs
+
+The same on NVIDIA GPUs of one host. Memory includes an estimate of what cuDNN takes beside XLA; with it, five peaks
+measured on an H200 were found again within 5 % ([RESULTS_GPU](../benchmarks/RESULTS_GPU.md)).
+"""
+
+
+def compiled_table(folder: Path, rows: dict[str, Any], head: str) -> list[str]:
     lines = [
-        "## Compiled", "",
-        "The train and evaluation steps as above, compiled ahead of time (libtpu) without the chips: full tuning on",
-        "one slice of each chip that holds it, LoRA on the smallest. Bytes are what one device receives a step, loops",
-        "counted; a collective-permute is a gather or a sum that XLA runs as a ring beside the product. On v5e:8x8 and",
-        "16x16, v6e:8x8 and v5p:2x2x4 XLA sums gradients by all-reduce, twice the bytes of a reduce-scatter, which the",
-        "estimates below take. The formula is within a tenth of every row.",
-        "",
+        head,
         "| model, slice | train GiB | formula | evaluation GiB | fits | FLOPs / needed | GB received a step | CPU s |",
         "|---" * 8 + "|",
     ]  # fmt: skip
@@ -176,7 +187,10 @@ def main() -> None:
             rows[target] = report_of(folder, target, compiled_apart).to_dict()
             STORE.write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n")
             print(f"{target}: {rows[target]['memory']['total'] / 2**30:.2f} GiB", flush=True)
-        page = [HEAD.format(length=LENGTH), *compiled_table(folder, rows), "## By formula", ""]
+        gpus = {target: row for target, row in rows.items() if "@gpu:" in target}
+        tpus = {target: row for target, row in rows.items() if target not in gpus}
+        tables = compiled_table(folder, tpus, ON_TPUS) + compiled_table(folder, gpus, ON_GPUS)
+        page = [HEAD.format(length=LENGTH), *tables, "## By formula", ""]
         for model in MODELS:
             page += by_formula(folder, model)
     PAGE.write_text("\n".join(page))

@@ -31,10 +31,12 @@ from itune.types import InputError, RunError
 
 
 @pytest.fixture(scope="module")
-def source(base_folder):
+def source(base_folder, tmp_path_factory):
     """A base model as a hub would give it: no chat template, bfloat16 weights, and a stray file."""
-    (base_folder / "training_args.bin").write_bytes(b"\x80")
-    return base_folder
+    folder = tmp_path_factory.mktemp("hub") / "model"
+    shutil.copytree(base_folder, folder)
+    (folder / "training_args.bin").write_bytes(b"\x80")
+    return folder
 
 
 @pytest.fixture(scope="module")

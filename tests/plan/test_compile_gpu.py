@@ -12,6 +12,8 @@ from test_compile import CHUNK, GPU, LENGTH, ROWS, _arrays, _compile_once, needs
 from test_compile import jax_answers_as_before as jax_answers_as_before
 from test_compile import model_15m as model_15m
 
+from benchmarks import gpu_experts, gpu_rows
+from benchmarks.gpu import COMPILED
 from itune.cli import main
 from itune.models.attention import gpu
 from itune.plan import compile as compiling
@@ -52,6 +54,27 @@ def test_memory_of_attention_is_a_gradient_a_segment(model_15m):
     rows = ROWS // plan.mesh.size
     assert cudnn_memory(program.text) == 4 * rows * segments * config.num_heads * LENGTH * config.head_dim
     assert cudnn_memory("") == 0
+
+
+@needs_plugin
+@pytest.mark.parametrize("row", [row for row in COMPILED if row != "experts"])
+def test_the_rows_of_the_gpu_benchmark_compile_without_one(row):
+    """What changes for GPUs is seen to compile where there is none; the row `experts` is in another module."""
+    forget()
+    found = getattr(gpu_rows, row)(True, compiled_for="gpu:h200:1")
+    forget()
+    assert 0 < found["peak_bytes"] < 10e6
+    if row != "cross_entropy":
+        assert found["kernel"] == "cudnn" and found["cudnn_bytes"] > 0
+        assert found["state_copied_bytes"] < 1000, "the state is not donated: a second copy would be made"
+
+
+@needs_plugin
+def test_a_mixture_of_experts_compiles_for_a_gpu():
+    forget()
+    found = gpu_experts.experts(True, compiled_for="gpu:h200:1")
+    forget()
+    assert found["kernel"] == "cudnn" and found["state_copied_bytes"] < 1000
 
 
 @needs_plugin
