@@ -17,6 +17,7 @@ from itune.models.layers import ADAPTERS, MLP, Dense, RMSNorm, rope_tables, rota
 from itune.models.lookup import lookup
 from itune.models.moe import MoE
 from itune.models.remat import remat
+from itune.models.row_major import row_major
 from itune.sharding import constrain, platform
 from itune.types import InputError
 
@@ -170,7 +171,8 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, hidden_BLD: jax.Array, caches: Any, last: Any, context: Context) -> tuple[jax.Array, Any]:
-        layer_class = remat(Layer, self.settings.remat, inside_scan=True)
+        stored = Layer if self.is_initializing() else row_major(Layer, self.settings.mesh)
+        layer_class = remat(stored, self.settings.remat, inside_scan=True)
         written = []
         for i, kind in enumerate(self.kinds):
             layer = layer_class(self.config, kind, self.settings, name=f"layer_{i}")

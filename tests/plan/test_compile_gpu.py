@@ -47,6 +47,17 @@ def test_the_step_uses_the_kernel_of_its_gpu(model_15m, where, kernel, other):
 
 
 @needs_plugin
+def test_no_stack_of_kernels_is_turned_over(model_15m):
+    """As NCCL gathers the outermost dimension, XLA did so outside the scan: a second copy of the weights."""
+    plan, program = _compile_once(model_15m, GPU)
+    kernels = [leaf for leaf in jax.tree.leaves(plan.state.trainable["blocks"]) if leaf.ndim == 3]
+    shards = {leaf.sharding.shard_shape(leaf.shape) for leaf in kernels}
+    assert shards & _arrays(program.text), "no stack was found: the test looks in the wrong place"
+    turned = {(width, layers, rows) for layers, rows, width in shards}
+    assert not turned & _arrays(program.text)
+
+
+@needs_plugin
 def test_memory_of_attention_is_a_gradient_a_segment(model_15m):
     plan, program = _compile_once(model_15m, GPU)
     config, segments = plan.model.config, plan.model.max_segments
