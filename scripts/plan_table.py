@@ -21,6 +21,8 @@ from itune.plan.apart import compiled_apart
 from itune.plan.chips import parse_topology
 from itune.plan.inputs import known
 from itune.plan.run import formula_report
+from itune.runtime.cuda import set_up_jax
+from itune.runtime.libtpu import quiet_without_tpu
 from itune.types import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -179,6 +181,8 @@ def main() -> None:
     parser.add_argument("--compile", nargs="*", default=[], metavar="TARGET",
                         help='compile these first: "MODEL@SLICE" (full tuning) or "MODEL@SLICE LoRA"')
     arguments = parser.parse_args()
+    quiet_without_tpu()
+    set_up_jax()
     rows = json.loads(STORE.read_text()) if STORE.is_file() else {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

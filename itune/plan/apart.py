@@ -48,7 +48,7 @@ def compiled_apart(
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder, "answer.json")
         environment = os.environ | {
-            "JAX_PLATFORMS": "cpu", "TMPDIR": folder, "ITUNE_SUPERVISED": str(os.getpid()),
+            "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2", "TMPDIR": folder, "ITUNE_SUPERVISED": str(os.getpid()),
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),  # -P: nothing of the current folder in its place
         }  # fmt: skip
         try:

@@ -11,11 +11,16 @@ import dataclasses
 import math
 from typing import Any
 
+import jax
+
+from itune.models.attention import SHORT, gpu
 from itune.plan.chips import Chip, Slice
 from itune.plan.hlo import arrays, computations
+from itune.plan.layout import Layout
 from itune.runtime.cuda import CUDNN, MEMORY_SHARE, only_compiles
 
 KIB = 2**10
+HOPPER = "9.0"  # from which on cuDNN takes packed rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,12 +39,27 @@ class Target:
     shared_block: int
 
 
-_HOPPER = Target("9.0", 132, 128, 1.98, 50 * KIB**2, 228 * KIB, 227 * KIB)
+_HOPPER = Target(HOPPER, 132, 128, 1.98, 50 * KIB**2, 228 * KIB, 227 * KIB)
 TARGETS = {
     "a100": Target("8.0", 108, 64, 1.41, 40 * KIB**2, 164 * KIB, 163 * KIB),
     "h100": _HOPPER,
     "h200": _HOPPER,
 }
+
+
+def cudnn_formula(layout: Layout, chip: Chip, segments: int) -> int:
+    """The same as `cudnn_memory` before anything is compiled: `segments` a row at most, 0 where nobody knows."""
+    config, m = layout.config, layout.model.config
+    target, length = TARGETS.get(chip.name), config.data.max_length
+    if target is None or target.capability < HOPPER or config.model.attention not in ("auto", "cudnn"):
+        return 0
+    shapes = ((1, length, heads, m.head_dim) for heads in (m.num_heads, m.num_kv_heads))
+    query, key = (jax.ShapeDtypeStruct(shape, config.model.compute_dtype) for shape in shapes)
+    options = {"window": None, "softcap": m.attention_softcap, "mesh": layout.model.mesh}
+    if m.sinks or length < SHORT or not layout.through or gpu.unfit("cudnn", query, key, **options):
+        return 0
+    most = min(segments or gpu.MAX_SEGMENTS, length)
+    return 4 * layout.tokens * most * m.num_heads // layout.sizes["tensor"] * m.head_dim
 
 
 def gpu_devices(where: Slice) -> list[Any]:

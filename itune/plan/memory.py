@@ -17,21 +17,23 @@ PROGRAM = 60 * 2**20  # the code itself and small buffers
 
 @dataclasses.dataclass(frozen=True)
 class Need:
-    """Bytes on one device. `activations` are those kept from forward to backward pass; `temporaries` all else."""
+    """Bytes on one device. `activations` are those kept from forward to backward pass; `temporaries` all else, but for
+    `attention`: what cuDNN takes beside XLA."""
 
     parameters: int
     optimizer: int
     gradients: int
     activations: int
     temporaries: int
+    attention: int = 0
 
     @property
     def total(self) -> int:
-        return self.parameters + self.optimizer + self.gradients + self.activations + self.temporaries
+        return sum(dataclasses.astuple(self))
 
 
-def formula_memory(layout: Layout) -> Need:
-    """What one device needs for the train step."""
+def formula_memory(layout: Layout, attention: int = 0) -> Need:
+    """What one device needs for the train step; `attention`: see `itune.plan.gpu_target.cudnn_formula`."""
     c = layout.config
     gradients = 4 * layout.trained
     kept = c.train.remat
@@ -42,7 +44,7 @@ def formula_memory(layout: Layout) -> Need:
     peak = max(held + layer_moment, held + head_moment, gradients)
     shown = gradients + held if held else gradients
     temporaries = max(peak - shown - activations, 0) + PROGRAM
-    return Need(layout.parameters, layout.optimizer, shown, activations, temporaries)
+    return Need(layout.parameters, layout.optimizer, shown, activations, temporaries, attention)
 
 
 def kept_per_token(layout: Layout, remat: str) -> float:

@@ -82,12 +82,14 @@ def mfu(report: Report) -> float:
 def lines(report: Report, price_file: str | None = None) -> Iterator[str]:
     """The report for a terminal."""
     need, t, where, dtype = report.need, report.time, report.where, report.settings["compute_dtype"]
-    formula = "by formula, within about 15 %" if where.is_tpu else "by formula, compared with programs for TPUs only"
-    how = "compiled for these chips" if report.compiled else formula
+    how = "compiled for these chips" if report.compiled else "by formula, within about 15 %"
     yield f"{where.name}: {where.chips} x {where.chip.name}, {settings_text(report.settings)}"
     yield f"memory of one device ({how}), GiB"
-    for name in ("parameters", "optimizer", "gradients", "activations", "temporaries", "total"):
+    for name in ("parameters", "optimizer", "gradients", "activations", "temporaries"):
         yield f"  {name:<14}{getattr(need, name) / GIB:9.2f}"
+    if need.attention:
+        yield f"  {'attention':<14}{need.attention / GIB:9.2f}   (an estimate of what cuDNN takes beside XLA)"
+    yield f"  {'total':<14}{need.total / GIB:9.2f}"
     if report.evaluation:
         yield f"  {'evaluation':<14}{report.evaluation / GIB:9.2f}   (another program; it runs between steps)"
     if report.limit:

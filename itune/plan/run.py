@@ -23,7 +23,7 @@ from itune.plan.chips import THIS_MACHINE, Slice, here, parse_topology
 from itune.plan.compile import Compiled, DoesNotFit, compile_lowered, slice_devices
 from itune.plan.count import count_flops
 from itune.plan.estimate import estimate, prices
-from itune.plan.gpu_target import cudnn_memory
+from itune.plan.gpu_target import cudnn_formula, cudnn_memory
 from itune.plan.hlo import between_slices, collectives, moved
 from itune.plan.inputs import Known, known
 from itune.plan.layout import Layout, lay_out, slices_said
@@ -105,9 +105,13 @@ def formula_report(config: Config, where: Slice, facts: Known, table: dict[str, 
     layout = lay_out(config, where.chips, facts.data.tokenizer.vocab_size, where.slices)
     traffic, across = formula_traffic(layout), across_slices(layout)
     return Report(
-        where, _settings(layout), formula_memory(layout), where.chip.memory, _shown(traffic, across),
+        where, _settings(layout), _by_formula(layout, where, facts), where.chip.memory, _shown(traffic, across),
         estimate(layout, where, sum(traffic.values()), across), facts.steps, facts.source, _price(table, where),
     )
+
+
+def _by_formula(layout: Layout, where: Slice, facts: Known) -> Need:
+    return formula_memory(layout, cudnn_formula(layout, where.chip, facts.data.loader.max_segments))
 
 
 def _check_attention(config: Config, where: Slice) -> None:
@@ -127,21 +131,22 @@ def compiled_report(config: Config, where: Slice, facts: Known, table: dict[str,
         traced = made.step.trace(made.state, made.batch)
         flops = count_flops(traced.jaxpr, turns, visible_share(made.model.config, config.data.max_length))
         program: Compiled | None = None
-        needed = 0
+        needed = attention = 0
         try:
             program = compile_lowered(traced.lower(), "the train step")
         except DoesNotFit as error:
             needed = error.needed
         evaluation = _evaluation(config, made) if config.evaluators else 0
-    by_formula = formula_memory(layout)
+    by_formula = _by_formula(layout, where, facts)
     traffic, across = formula_traffic(layout), across_slices(layout)
     shown = _shown(traffic, across)
     if program is not None:
-        traffic, needed = moved(collectives(program.text, turns)), program.memory.peak + cudnn_memory(program.text)
+        traffic, attention = moved(collectives(program.text, turns)), cudnn_memory(program.text)
+        needed = program.memory.peak + attention
         others = moved(between_slices(program.text, turns))
         across, shown = sum(others.values()), traffic | {f"{kind} of slices": size for kind, size in others.items()}
     report = Report(
-        where, _settings(layout), _split(by_formula, needed), where.chip.memory, shown,
+        where, _settings(layout), _split(by_formula, needed, attention), where.chip.memory, shown,
         estimate(layout, where, sum(traffic.values()), across, flops),
         facts.steps, facts.source, _price(table, where), evaluation=evaluation,
         compiled={"seconds": time.perf_counter() - begun, "cpu_seconds": time.process_time() - cpu,
@@ -173,16 +178,17 @@ def _evaluation(config: Config, made: Any) -> int:
         return error.needed
 
 
-def _split(by_formula: Need, needed: int) -> Need:
+def _split(by_formula: Need, needed: int, attention: int) -> Need:
     """The compiler's total, its temporaries as what the other parts leave."""
     if not needed:
         return by_formula
-    left = max(needed - by_formula.parameters - by_formula.optimizer, 0)
+    left = max(needed - by_formula.parameters - by_formula.optimizer - attention, 0)
     activations = min(by_formula.activations, left)
     gradients = min(by_formula.gradients, left - activations)
     return dataclasses.replace(
-        by_formula, activations=activations, gradients=gradients, temporaries=left - activations - gradients
-    )
+        by_formula, activations=activations, gradients=gradients, temporaries=left - activations - gradients,
+        attention=attention,
+    )  # fmt: skip
 
 
 def _settings(layout: Layout) -> dict[str, Any]:

@@ -10,15 +10,20 @@ from pathlib import Path
 import pytest
 
 from itune.config import load_config
+from itune.plan.apart import compiled_apart
 from itune.plan.chips import parse_topology
 from itune.plan.inputs import known
 from itune.plan.run import compiled_report, plan
+from itune.runtime.cuda import compiler_here
 
 CONFIGS = Path(__file__).parents[1] / "goldens" / "configs"
 pytestmark = [
     pytest.mark.soak,
     pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is absent: nothing was compiled"),
 ]
+needs_plugin = pytest.mark.skipif(
+    not compiler_here(), reason="JAX's CUDA plugin is absent (pip install 'jax[cuda13-local]'): nothing was compiled"
+)
 
 
 def folder_of(model, tmp_path):
@@ -47,11 +52,16 @@ def test_llama_8b_needs_less_memory_than_maxtext(topology, maxtext, tmp_path):
     ("sft", "Qwen3-0.6B-Base", "v5e:2x2"), ("qwen3_0p6b_sft", "Qwen3-0.6B-Base", "v5e:2x2"),
     ("llama3p1_8b_sft", "Llama-3.1-8B", "v5p:2x2x1"), ("lora", "Qwen3-0.6B-Base", "v5p:2x2x1"),
     ("lora", "Llama-3.1-8B", "v5e:2x2"),
+    *(pytest.param(*each, marks=needs_plugin) for each in (
+        ("sft", "Qwen3-0.6B-Base", "gpu:h100:1"), ("qwen3_0p6b_sft", "Qwen3-0.6B-Base", "gpu:h200:4"),
+        ("llama3p1_8b_sft", "Llama-3.1-8B", "gpu:h200:8"), ("lora", "Qwen3-0.6B-Base", "gpu:a100:1"),
+        ("lora", "Llama-3.1-8B", "gpu:h100:1"),
+    )),
 ])  # fmt: skip
 def test_the_formula_is_within_15_percent_of_what_is_compiled(recipe, model, topology, tmp_path):
     values = {"model.path": folder_of(model, tmp_path), "train.max_steps": 10, "data.train": "", "evaluators": ()}
     config = load_config(recipe, values)
-    report = compiled_report(config, parse_topology(topology), known(config), {})
+    report = compiled_apart(config, parse_topology(topology), known(config), {})
     ratio = report.compiled["formula_total"] / report.need.total
     print(f"\n{recipe} on {topology}: compiled {report.need.total / 2**30:.2f} GiB, formula {ratio:.3f} of it")
     assert 0.85 <= ratio <= 1.15

@@ -15,11 +15,13 @@ from test_compile import model_15m as model_15m
 from benchmarks import gpu_experts, gpu_rows
 from benchmarks.gpu import COMPILED
 from itune.cli import main
+from itune.config import load_config
 from itune.models.attention import gpu
 from itune.plan import compile as compiling
 from itune.plan import run
 from itune.plan.chips import CHIPS, here, parse_topology
-from itune.plan.gpu_target import TARGETS, cudnn_memory
+from itune.plan.gpu_target import TARGETS, cudnn_formula, cudnn_memory
+from itune.plan.layout import lay_out
 from itune.runtime import cuda
 from itune.types import InputError
 
@@ -65,6 +67,20 @@ def test_memory_of_attention_is_a_gradient_a_segment(model_15m):
     rows = ROWS // plan.mesh.size
     assert cudnn_memory(program.text) == 4 * rows * segments * config.num_heads * LENGTH * config.head_dim
     assert cudnn_memory("") == 0
+
+
+@pytest.mark.parametrize("chip, changes, takes", [
+    ("h200", {}, True), ("a100", {}, False), ("v5e", {}, False), ("h200", {"model.attention": "xla"}, False),
+    ("h200", {"model.compute_dtype": "float32"}, False), ("h200", {"train.freeze": "blocks|embed"}, False),
+])  # fmt: skip
+def test_the_formula_counts_the_same_where_cudnn_will_run(model_15m, chip, changes, takes):
+    values = {"model.path": str(model_15m), "model.compute_dtype": "bfloat16", "data.max_length": LENGTH,
+              "train.batch_size": ROWS, "train.max_steps": 7, **changes}  # fmt: skip
+    layout = lay_out(load_config("sft", values), 4)
+    config = layout.model.config
+    for segments, counted in ((9, 9), (0, gpu.MAX_SEGMENTS)):
+        expected = 4 * ROWS // 4 * counted * config.num_heads * LENGTH * config.head_dim
+        assert cudnn_formula(layout, CHIPS[chip], segments) == (expected if takes else 0)
 
 
 @needs_plugin

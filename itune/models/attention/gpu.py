@@ -135,7 +135,15 @@ def unsupported(
     name: str, query: Any, key: Any, *, window: int | None, softcap: float | None, mesh: Mesh | None
 ) -> str:
     """Why kernel `name` ("cudnn" or "pallas") cannot run on these shapes (arrays or ShapeDtypeStructs), or ""."""
-    heads, head_dim = query.shape[2:]
+    if reason := unfit(name, query, key, window=window, softcap=softcap, mesh=mesh):
+        return reason
+    (heads, head_dim), runs = query.shape[2:], mesh is None or not stands_in(mesh)
+    return self_check(name, heads // key.shape[2], head_dim, window is not None, jnp.dtype(query.dtype).name, runs)
+
+
+def unfit(name: str, query: Any, key: Any, *, window: int | None, softcap: float | None, mesh: Any) -> str:
+    """The reasons that shapes alone give; of `mesh` only its sizes are looked at."""
+    head_dim = query.shape[3]
     if softcap is not None:
         return "it has no soft cap on the scores"
     if name == "pallas" and window is not None:
@@ -148,8 +156,7 @@ def unsupported(
         return "it has no mesh.context"
     if mesh is not None and key.shape[2] % mesh.shape["tensor"]:
         return f"mesh.tensor={mesh.shape['tensor']} does not divide {key.shape[2]} key/value heads"
-    runs = mesh is None or not stands_in(mesh)
-    return self_check(name, heads // key.shape[2], head_dim, window is not None, jnp.dtype(query.dtype).name, runs)
+    return ""
 
 
 @functools.lru_cache(maxsize=32)
