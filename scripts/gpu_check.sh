@@ -14,5 +14,5 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONUNBUFFERED=1
-export XLA_PYTHON_CLIENT_MEM_FRACTION="${XLA_PYTHON_CLIENT_MEM_FRACTION:-.9}"
+[ -n "${XLA_PYTHON_CLIENT_MEM_FRACTION-}" ] || export XLA_CLIENT_MEM_FRACTION="${XLA_CLIENT_MEM_FRACTION:-.9}"
 exec timeout --signal=INT 475 "${PYTHON:-python3}" scripts/gpu_check.py "$@"

@@ -83,7 +83,7 @@ This page is written by `scripts/plan_table.py`. All rows: {length} tokens a row
 bfloat16 compute, fsdp over all chips, packed rows with segment ids, clipping. Full tuning has float32 weights and
 both moments in float32; LoRA has rank 16 on every projection and a bfloat16 base. GiB a chip; **bold** fits into what
 programs may use (v5e 15.75, v6e 31.25, v5p 95.74 GiB; 0.9 of a GPU's memory, which is what itune has JAX take unless
-`XLA_PYTHON_CLIENT_MEM_FRACTION` says otherwise: H100 71.2, H200 125.8 GiB).
+`XLA_CLIENT_MEM_FRACTION` says otherwise: H100 71.2, H200 125.8 GiB).
 
 Times are estimates, not measurements: nothing here has run on a TPU. They assume a stated share of peak (v5e 60 %,
 v5p 62 %, v6e 50 %), 80 % of the interconnect, and that exchange and computation overlap. `model.compute_dtype=float32`
@@ -153,7 +153,9 @@ estimates below take. The formula is within a tenth of every row.
 ON_GPUS = """## Compiled for GPUs
 
 The same on NVIDIA GPUs of one host. Memory includes an estimate of what cuDNN takes beside XLA; with it, five peaks
-measured on an H200 were found again within 5 % ([RESULTS_GPU](../benchmarks/RESULTS_GPU.md)).
+measured on an H200 were found again within 5 % ([RESULTS_GPU](../benchmarks/RESULTS_GPU.md)). The formula is within a tenth
+of every row. Gemma 2 caps its scores, for which no kernel on GPUs is used here: its attention runs in plain XLA. Experts
+are multiplied in tiles, whose padding shows in FLOPs.
 """
 
 

@@ -11,10 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
+from jax.sharding import Mesh
 
 from itune.models.architecture import ModelConfig, Rope
 from itune.models.entrywise import gated, rms_norm, shifted
 from itune.models.remat import keep
+from itune.models.row_major import Stored, as_stored, stored
 from itune.types import InputError
 
 # (module, parameter) -> logical axes of the unstacked parameter; see itune/sharding.py for where they go
@@ -66,13 +68,17 @@ def precision(dtype: Any) -> jax.lax.Precision:
     return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else jax.lax.Precision.DEFAULT
 
 
-def linear(x: jax.Array, kernel_OI: jax.Array, dtype: Any, out_dtype: Any = None) -> jax.Array:
+def linear(
+    x: jax.Array, kernel_OI: jax.Array, dtype: Any, out_dtype: Any = None, stored: Stored | None = None
+) -> jax.Array:
     """x (..., I) times a kernel stored (out, in) -> (..., O), computed in `dtype`; the result in `out_dtype`.
 
     In a dtype narrower than float32 the gradients come out in the dtypes of `x` and `kernel_OI` without being rounded
     to `dtype` on the way: the kernel's partial sums travel between devices in the kernel's dtype (contract 3).
+    `stored`: see row_major.py. What waits for the backward pass is the kernel itself, which a scan holds already.
     """
-    dtypes = _Dtypes(*(jnp.dtype(d).name for d in (dtype, out_dtype or dtype, x.dtype, kernel_OI.dtype)))
+    compute, out, of_x, of_kernel = (jnp.dtype(d).name for d in (dtype, out_dtype or dtype, x.dtype, kernel_OI.dtype))
+    dtypes = _Dtypes(compute, out, of_x, of_kernel, stored)
     return _linear(dtypes, x, kernel_OI)
 
 
@@ -81,6 +87,7 @@ class _Dtypes(NamedTuple):
     out: str
     x: str
     kernel: str
+    stored: Stored | None
 
 
 def _product(x: jax.Array, kernel_OI: jax.Array, dtype: str, out_dtype: str) -> jax.Array:
@@ -96,7 +103,11 @@ def _product(x: jax.Array, kernel_OI: jax.Array, dtype: str, out_dtype: str) -> 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _linear(dtypes: _Dtypes, x: jax.Array, kernel_OI: jax.Array) -> jax.Array:
-    return _product(x, rounded_here(kernel_OI, dtypes.compute), dtypes.compute, dtypes.out)
+    return _product(x, _read(dtypes, kernel_OI), dtypes.compute, dtypes.out)
+
+
+def _read(dtypes: _Dtypes, kernel_OI: jax.Array) -> jax.Array:
+    return rounded_here(as_stored(dtypes.stored, kernel_OI), dtypes.compute)
 
 
 def rounded_here(kernel_OI: jax.Array, dtype: str) -> jax.Array:
@@ -125,7 +136,7 @@ def _backward(dtypes: _Dtypes, kept: Any, cotangent: Any) -> tuple[jax.Array | N
     dx = dkernel_OI = None
     if kernel_OI is not None:
         dx = jax.lax.dot_general(
-            cotangent, rounded_here(kernel_OI, dtypes.compute).astype(dtypes.compute),
+            cotangent, _read(dtypes, kernel_OI).astype(dtypes.compute),
             (((cotangent.ndim - 1,), (0,)), ((), ())), precision=precision(dtypes.compute),
             preferred_element_type=dtypes.x,
         )  # fmt: skip
@@ -134,6 +145,7 @@ def _backward(dtypes: _Dtypes, kept: Any, cotangent: Any) -> tuple[jax.Array | N
         dkernel_OI = jax.lax.platform_dependent(
             cotangent, x.astype(dtypes.compute), cpu=functools.partial(_narrow_first, product), default=product
         )
+        dkernel_OI = as_stored(dtypes.stored, dkernel_OI)
     return dx, dkernel_OI
 
 
@@ -162,7 +174,8 @@ _linear.defvjp(_forward, _backward, symbolic_zeros=True)
 class Dense(nn.Module):
     """A projection to `features` with a kernel (features, in), and a low-rank adapter beside it where one is given.
 
-    `dropout`: the share of the adapter's input entries that are zeroed when there is a dropout rng.
+    `dropout`: the share of the adapter's input entries that are zeroed when there is a dropout rng. Its name says the
+    logical axes of its kernel.
     """
 
     features: int
@@ -170,13 +183,14 @@ class Dense(nn.Module):
     init_std: float
     dtype: str
     param_dtype: str
+    mesh: Mesh | None
     dropout: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (self.features, x.shape[-1])
         kernel = self.param("kernel", nn.initializers.normal(self.init_std), shape, self.param_dtype)
-        y = linear(x, kernel, self.dtype)
+        y = linear(x, kernel, self.dtype, stored=stored(self.mesh, AXES[str(self.name), "kernel"]))
         if self.has_variable(ADAPTERS, "a"):
             x = nn.Dropout(self.dropout, deterministic=not self.has_rng("dropout"))(x)
             low = keep(linear(x, self.get_variable(ADAPTERS, "a"), self.dtype))
@@ -209,6 +223,7 @@ class MLP(nn.Module):
     config: ModelConfig
     dtype: str
     param_dtype: str
+    mesh: Mesh | None
     dropout: float = 0.0
 
     @nn.compact
@@ -216,7 +231,8 @@ class MLP(nn.Module):
         c = self.config
 
         def dense(features: int, name: str) -> Dense:
-            return Dense(features, c.mlp_bias, c.init_std, self.dtype, self.param_dtype, self.dropout, name=name)
+            settings = (self.dtype, self.param_dtype, self.mesh, self.dropout)
+            return Dense(features, c.mlp_bias, c.init_std, *settings, name=name)
 
         if c.fused_gate_up:
             gate_BLF, up_BLF = jnp.split(dense(2 * c.mlp_width, "gate_up_proj")(x_BLD), 2, axis=-1)

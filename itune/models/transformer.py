@@ -17,7 +17,6 @@ from itune.models.layers import ADAPTERS, MLP, Dense, RMSNorm, rope_tables, rota
 from itune.models.lookup import lookup
 from itune.models.moe import MoE
 from itune.models.remat import remat
-from itune.models.row_major import row_major
 from itune.sharding import constrain, platform
 from itune.types import InputError
 
@@ -82,7 +81,7 @@ class Attention(nn.Module):
             mesh=s.mesh,
             max_segments=s.max_segments,
         )
-        out = Dense(c.width, c.out_bias, c.init_std, s.dtype, s.param_dtype, s.dropout, name="o_proj")
+        out = Dense(c.width, c.out_bias, c.init_std, s.dtype, s.param_dtype, s.mesh, s.dropout, name="o_proj")
         return out(mixed_BLNH.reshape(*x_BLD.shape[:2], -1)), cache
 
     def _project(self, x_BLD: jax.Array) -> list[jax.Array]:
@@ -92,7 +91,8 @@ class Attention(nn.Module):
 
         def dense(name: str, heads: int) -> jax.Array:
             width = heads * c.head_dim
-            return Dense(width, c.qkv_bias, c.init_std, s.dtype, s.param_dtype, s.dropout, name=name)(x_BLD)
+            settings = (s.dtype, s.param_dtype, s.mesh, s.dropout)
+            return Dense(width, c.qkv_bias, c.init_std, *settings, name=name)(x_BLD)
 
         if c.fused_qkv:
             cuts = [c.num_heads * c.head_dim, (c.num_heads + c.num_kv_heads) * c.head_dim]
@@ -145,7 +145,7 @@ class Layer(nn.Module):
         def after_attention(_: Any, hidden_BLD: jax.Array) -> jax.Array:
             normed_BLD = norm("mlp_norm", before, hidden_BLD)
             if self.kind.experts is None:
-                mixed_BLD = MLP(c, s.dtype, s.param_dtype, s.dropout, name="mlp")(normed_BLD)
+                mixed_BLD = MLP(c, s.dtype, s.param_dtype, s.mesh, s.dropout, name="mlp")(normed_BLD)
             else:
                 mixed_BLD = MoE(c, self.kind.experts, s.dtype, s.param_dtype, s.mesh, name="mlp")(
                     normed_BLD, context.q_segments_BL
@@ -171,8 +171,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, hidden_BLD: jax.Array, caches: Any, last: Any, context: Context) -> tuple[jax.Array, Any]:
-        stored = Layer if self.is_initializing() else row_major(Layer, self.settings.mesh)
-        layer_class = remat(stored, self.settings.remat, inside_scan=True)
+        layer_class = remat(Layer, self.settings.remat, inside_scan=True)
         written = []
         for i, kind in enumerate(self.kinds):
             layer = layer_class(self.config, kind, self.settings, name=f"layer_{i}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from itune.config import Config
-from itune.plan.chips import here
+from itune.plan.chips import device_memory, here
 from itune.plan.gpu_target import cudnn_formula
 from itune.plan.layout import layout_of
 from itune.plan.memory import formula_memory
@@ -36,15 +36,6 @@ def one_line(config: Config, model: Any, mesh: Any, state: Any) -> str:
         surely = "will not fit" if takes > SURE * has else "may not fit"
         return f"warning: {text}: the run {surely}; see itune plan --search"
     return text
-
-
-def device_memory(device: Any) -> int:
-    """Bytes that programs may use on an accelerator of this machine; 0 where that is not known."""
-    try:
-        stats = device.memory_stats() or {}
-    except Exception:  # backends without statistics raise their own
-        return 0
-    return int(stats.get("bytes_limit", 0))
 
 
 def _gb(size: float) -> str:

@@ -140,11 +140,11 @@ def here(devices: Sequence[Any]) -> Slice | None:
     """The slice that these devices are, None where their chip is not in the table: a CPU.
 
     TPU chips that fill a box of their mesh have its name ("v5e:2x4"), GPUs of one host theirs ("gpu:h200:8"), which
-    can be compiled for; others lie in a row.
+    can be compiled for; others lie in a row. A GPU with less memory than its namesake in the table keeps its own.
     """
     kind = devices[0].device_kind.lower()
     found = [chip for chip in CHIPS.values() if chip.kind.lower() == kind]
-    found = found or [chip for chip in CHIPS.values() if chip.name in kind and not kind.startswith("tpu")]
+    found = found or [chip for chip in CHIPS.values() if chip.name in re.findall(r"\w+", kind)]
     if not found:
         return None
     chip, count = found[0], len(devices)
@@ -155,6 +155,17 @@ def here(devices: Sequence[Any]) -> Slice | None:
         if slices * math.prod(shape) == count == slices * len(set(places)):
             several = f"{slices}*" if slices > 1 else ""
             return Slice(f"{several}{chip.name}:{'x'.join(map(str, shape))}", chip, shape, slices)
+    elif 0 < (memory := device_memory(devices[0])) < 0.95 * chip.memory:
+        chip = dataclasses.replace(chip, memory=memory)
     elif count <= HOST and len({device.process_index for device in devices}) == 1:
         return Slice(f"gpu:{chip.name}:{count}", chip, (count,))
     return Slice(THIS_MACHINE, chip, (count,))
+
+
+def device_memory(device: Any) -> int:
+    """Bytes that programs may use on an accelerator of this machine; 0 where that is not known."""
+    try:
+        stats = device.memory_stats() or {}
+    except Exception:  # backends without statistics raise their own
+        return 0
+    return int(stats.get("bytes_limit", 0))

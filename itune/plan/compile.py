@@ -60,7 +60,8 @@ def slice_devices(where: Slice) -> list[Any]:
     except Exception as error:  # jax, the plugin and XLA each raise their own
         raise InputError(
             f"topology {where.name!r}: cannot compile for it here ({_first_line(error)}); expected JAX's CUDA plugin "
-            f"of the same release as jax, {jax.__version__} (pip install 'itune[cuda-compiler]')"
+            f"of the same release as jax, {jax.__version__} (pip install 'itune[cuda-compiler]'), or --formula, which "
+            "compiles nothing"
         ) from error
 
 

@@ -20,7 +20,7 @@ from itune.plan.layout import Layout
 from itune.runtime.cuda import CUDNN, MEMORY_SHARE, only_compiles
 
 KIB = 2**10
-HOPPER = "9.0"  # from which on cuDNN takes packed rows
+HOPPER = "9.0"  # the compute capability from which on cuDNN takes packed rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ def cudnn_formula(layout: Layout, chip: Chip, segments: int) -> int:
     """The same as `cudnn_memory` before anything is compiled: `segments` a row at most, 0 where nobody knows."""
     config, m = layout.config, layout.model.config
     target, length = TARGETS.get(chip.name), config.data.max_length
-    if target is None or target.capability < HOPPER or config.model.attention not in ("auto", "cudnn"):
+    if target is None or float(target.capability) < float(HOPPER) or config.model.attention not in ("auto", "cudnn"):
         return 0
     shapes = ((1, length, heads, m.head_dim) for heads in (m.num_heads, m.num_kv_heads))
     query, key = (jax.ShapeDtypeStruct(shape, config.model.compute_dtype) for shape in shapes)

@@ -1,7 +1,7 @@
 """What a compiled program moves between devices, read from its optimised HLO text, loops counted.
 
 XLA's own cost analysis takes a loop's body once and hides collectives inside fusions. Here each computation counts as
-often as it is reached: a while loop's trip count is its bound over its step, where both are constants.
+often as it is reached: a while loop's trip count is what XLA says, or its bound over its step where both are constants.
 """
 
 from __future__ import annotations
@@ -129,13 +129,19 @@ def arrays(shape: str) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield dtype, tuple(int(d) for d in dims.split(",") if d)
 
 
+def sizes_of(found: Iterable[tuple[str, tuple[int, ...]]]) -> list[int]:
+    """Bytes of each array."""
+    return [_BYTES[dtype] * math.prod(dims) for dtype, dims in found]
+
+
 def _collective(kind: str, instruction: Instruction, times: float, computation: str) -> Collective:
-    sizes = [_BYTES[dtype] * math.prod(dims) for dtype, dims in arrays(instruction.shape)]
+    sizes = sizes_of(arrays(instruction.shape))
     started = instruction.operation.endswith("-start")
     if kind == "collective-permute" and started:
         sizes = sizes[1:2]  # (operand, result, two flags)
     elif started and kind != "all-reduce" and instruction.shape.startswith("("):
-        sizes = sizes[len(sizes) // 2 :]  # (operands, results)
+        real = [(dtype, dims) for dtype, dims in arrays(instruction.shape) if dims or dtype[0] == "f"]
+        sizes = sizes_of(real[len(real) // 2 :])  # (operands, results, flags)
     group, size = _group(instruction.rest), float(sum(sizes))
     source = re.search(r'op_name="([^"]*)"', instruction.rest)
     if kind == "all-reduce" and "all-reduce-scatter" in computation:  # a fusion of sum and slice: its result is whole

@@ -2,7 +2,8 @@
 
 The state is exact (its shards are counted). What lives beside it is modelled in three moments of a step, of which the
 largest counts: the head, a layer's backward pass, and the update. Constants were set by compiled programs; a test
-compares them (tests/plan/test_big.py). They are a TPU's: elsewhere experts need more (`models/groups.py`).
+compares them, for TPUs and for the GPUs of one host (tests/plan/test_big.py). On CPUs experts need more
+(`models/groups.py`).
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
 # of the GPU's memory; jax would take 0.75, and a run that `itune plan` says fits would not. The rest is for what
 # allocates beside jax: the driver, NCCL, cuBLAS
 MEMORY_SHARE = 0.9
+MEMORY_SETTINGS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # the second is the older name
 CUDNN = 91000  # the version that a GPU's machine is taken to have, 9.10
 
 
@@ -29,7 +30,8 @@ def set_up_jax() -> None:
 
     What the environment says already stays. Before the first use of a device.
     """
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(MEMORY_SHARE))
+    if not any(name in os.environ for name in MEMORY_SETTINGS):  # jax refuses to have both
+        os.environ[MEMORY_SETTINGS[0]] = str(MEMORY_SHARE)
     if not gpu_here():
         os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 

@@ -301,8 +301,9 @@ def test_memory_holds_no_surprise(compiled):
     gradients, layer_inputs = 4 * parameters, 2 * config.num_layers * config.width * LENGTH * ROWS // DEVICES
     logits = 3 * CHUNK * config.vocab_size * 4
     assert memory.temporaries < gradients + layer_inputs + logits
-    assert memory.arguments + memory.temporaries <= 1.02 * memory.peak < 200e6  # on GPUs the two share a little
     where = plan.mesh.devices.flat[0].device_kind
+    shared = 0.02 * memory.peak if where.startswith("NVIDIA") else 0  # there the two share a little
+    assert memory.arguments + memory.temporaries - shared <= memory.peak < 200e6
     print(f"\n4 x {where}, 15m, {ROWS} x {LENGTH}: {memory}, compiled in {program.seconds:.0f} s")
 
 

@@ -20,6 +20,7 @@ from itune.models.attention import gpu
 from itune.plan import compile as compiling
 from itune.plan import run
 from itune.plan.chips import CHIPS, here, parse_topology
+from itune.plan.count import count_flops
 from itune.plan.gpu_target import TARGETS, cudnn_formula, cudnn_memory
 from itune.plan.layout import lay_out
 from itune.runtime import cuda
@@ -40,7 +41,11 @@ def forget():
 def test_the_step_uses_the_kernel_of_its_gpu(model_15m, where, kernel, other):
     forget()  # what was traced for another GPU; a plan has a process of its own
     plan, program = _compile_once(model_15m, where)
+    counted = count_flops(plan.step.trace(plan.state, plan.batch).jaxpr)["attention"]
     forget()
+    config = plan.model.config
+    forward = config.num_layers * 4 * config.num_heads * config.head_dim * ROWS * LENGTH**2 / 2
+    assert counted == 4.5 * forward, "forward, again for the backward pass, and 2.5 for that itself"
     assert {device.device_kind for device in plan.mesh.devices.flat} == {parse_topology(where).chip.kind}
     assert plan.mesh.shape["fsdp"] == plan.mesh.size == 4
     assert kernel in program.text and other not in program.text
@@ -145,19 +150,25 @@ def test_every_gpu_that_has_a_name_can_be_described():
 
 
 def test_gpus_of_one_host_have_a_name_and_those_of_several_have_none():
-    def devices(count, hosts=1):
-        return [types.SimpleNamespace(device_kind="NVIDIA H200", process_index=i % hosts) for i in range(count)]
+    def devices(count, hosts=1, kind="NVIDIA H200", memory=0):
+        stats = types.SimpleNamespace(memory_stats=lambda: {"bytes_limit": memory}, device_kind=kind)
+        return [types.SimpleNamespace(**vars(stats), process_index=i % hosts) for i in range(count)]
 
     assert (here(devices(8)).name, here(devices(2)).name) == ("gpu:h200:8", "gpu:h200:2")
     assert here(devices(16, 2)).name == here(devices(2, 2)).name == "this machine"
+    assert here(devices(1, kind="NVIDIA GH200 480GB")) is None
+    whole, part = (here(devices(1, kind="NVIDIA A100-SXM4-40GB", memory=size)) for size in (76 * 10**9, 38 * 10**9))
+    assert (whole.name, part.name, part.chip.memory) == ("gpu:a100:1", "this machine", 38 * 10**9)
 
 
 def test_a_run_may_use_the_memory_that_a_plan_counts(monkeypatch):
     """JAX takes three quarters of a GPU unless told: a run that "fits" would have ended for want of memory."""
-    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
-    assert main(["checkpoints", "/nowhere"]) == 2
-    assert float(os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"]) == cuda.MEMORY_SHARE
     assert CHIPS["h200"].memory == int(cuda.MEMORY_SHARE * 139.8 * 2**30)
-    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", ".5")
-    assert main(["checkpoints", "/nowhere"]) == 2
-    assert os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == ".5"
+    for given in ({}, {"XLA_CLIENT_MEM_FRACTION": ".5"}, {"XLA_PYTHON_CLIENT_MEM_FRACTION": ".5"}):
+        for name in cuda.MEMORY_SETTINGS:
+            monkeypatch.setenv(name, given.get(name, ""))
+            if name not in given:
+                monkeypatch.delenv(name)
+        assert main(["checkpoints", "/nowhere"]) == 2
+        found = {name: os.environ[name] for name in cuda.MEMORY_SETTINGS if name in os.environ}
+        assert found == (given or {"XLA_CLIENT_MEM_FRACTION": "0.9"}), "jax takes one of the two, not both"

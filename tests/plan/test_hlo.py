@@ -6,6 +6,44 @@ import pytest
 
 from itune.plan.hlo import between_slices, collectives, moved
 
+FOR_GPUS = """HloModule jit_step, is_scheduled=true
+
+%wrapped (a: s32[], b: s32[]) -> pred[] {
+  %a = s32[] parameter(0)
+  %b = s32[] parameter(1)
+  ROOT %less = pred[] compare(%a, %b), direction=LT
+}
+
+%cond (t: (s32[], s32[])) -> pred[] {
+  %t = (s32[], s32[]) parameter(0)
+  %i = s32[] get-tuple-element(%t), index=0
+  %n = s32[] get-tuple-element(%t), index=1
+  ROOT %wrapped_compare = pred[] fusion(%i, %n), kind=kLoop, calls=%wrapped
+}
+
+%body (t: (s32[], s32[])) -> (s32[], s32[]) {
+  %t = (s32[], s32[]) parameter(0)
+  %s.1 = ((f32[16]{0}, f32[32]{0}), (f32[4]{0}, f32[8]{0})) reduce-scatter-start(%t), replica_groups=[1,4]<=[4]
+  %s.2 = ((bf16[8]{0}), bf16[32]{0}) all-gather-start(%t), replica_groups=[1,4]<=[4]
+  %s.3 = ((f32[16]{0}), f32[16]{0}, u32[], u32[]) all-to-all-start(%t), replica_groups=[1,4]<=[4]
+  %s.4 = (f32[16]{0}, f32[4]{0}) all-reduce-start(%t), replica_groups=[1,4]<=[4]
+  ROOT %out = (s32[], s32[]) tuple(%t)
+}
+
+ENTRY %main (t: (s32[], s32[])) -> (s32[], s32[]) {
+  %t = (s32[], s32[]) parameter(0)
+  ROOT %w = (s32[], s32[]) while(%t), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"6"},"x":1}
+}
+"""
+
+
+def test_what_xla_for_gpus_writes():
+    """Tuples of operands and results, sometimes flags, and a trip count that it says itself."""
+    assert moved(collectives(FOR_GPUS)) == {
+        "reduce-scatter": 6 * 3 * 4 * (4 + 8), "all-gather": 6 * 0.75 * 2 * 32, "all-to-all": 6 * 0.75 * 4 * 16,
+        "all-reduce": 6 * 1.5 * 4 * (16 + 4),
+    }  # fmt: skip
+
 PROGRAM = """HloModule jit_step, is_scheduled=true
 
 %add (a: f32[], b: f32[]) -> f32[] {

@@ -339,7 +339,7 @@ def test_training_says_what_it_will_use(llama, monkeypatch):
         assert line.endswith("; see itune plan --search" if said else " GB")
     elsewhere = types.SimpleNamespace(shape=mesh.shape, size=4, devices=np.array([Device()] * 4))
     line = one_line(config, model, elsewhere, state)
-    assert line.startswith("warning: plan: about 41.")
+    assert line.startswith("warning: plan: about 49.6 GB")  # 8.6 of them cuDNN's, for 32 segments a row
     assert "on each of 4 NVIDIA H100 devices (parameters 8.03 GB, optimizer 16.1 GB, gradients 8.03 GB" in line
     assert "it has 10.0 GB: the run will not fit" in line
 
