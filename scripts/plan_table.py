@@ -152,9 +152,9 @@ estimates below take. The formula is within a tenth of every row.
 """
 ON_GPUS = """## Compiled for GPUs
 
-The same on NVIDIA GPUs of one host. Memory includes an estimate of what cuDNN takes beside XLA; with it, five peaks
-measured on an H200 were found again within 5 % ([RESULTS_GPU](../benchmarks/RESULTS_GPU.md)). The formula is within a tenth
-of every row. Gemma 2 caps its scores, for which no kernel on GPUs is used here: its attention runs in plain XLA. Experts
+The same on NVIDIA GPUs of one host. Memory includes an estimate of what cuDNN takes beside XLA; with it, peaks measured
+on an H200 were found again within 5 % ([RESULTS_GPU](../benchmarks/RESULTS_GPU.md)). The formula is within a tenth of
+every row. Gemma 2 caps its scores, for which no kernel on GPUs is used here: its attention runs in plain XLA. Experts
 are multiplied in tiles, whose padding shows in FLOPs.
 """
 
