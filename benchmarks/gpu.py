@@ -30,7 +30,7 @@ import sys
 import time
 from typing import Any
 
-from itune.runtime.cuda import MEMORY_SETTINGS
+from itune.runtime.cuda import take_memory
 
 ROWS = (
     "gemm", "attention", "cross_entropy", "full_1b", "full_8b", "lora_8b", "lora_8b_packed", "torch_lora_8b",
@@ -83,8 +83,7 @@ def run_here(row: str, tiny: bool, compiled_for: str | None = None) -> None:
     name, *settings = row.split(":")
     options = {key: json.loads(value) for key, value in (part.split("=", 1) for part in settings)}
     options |= {"compiled_for": compiled_for} if compiled_for else {}
-    if not any(name in os.environ for name in MEMORY_SETTINGS):
-        os.environ["XLA_CLIENT_MEM_FRACTION"] = ".95"
+    take_memory(0.95)
     place = {"torch_lora_8b": "gpu_torch", "experts": "gpu_experts"}.get(name, "gpu_rows")
     values = getattr(importlib.import_module(f"benchmarks.{place}"), name)(tiny, **options)
     for one in values if isinstance(values, list) else [values]:

@@ -30,10 +30,15 @@ def set_up_jax() -> None:
 
     What the environment says already stays. Before the first use of a device.
     """
-    if not any(name in os.environ for name in MEMORY_SETTINGS):  # jax refuses to have both
-        os.environ[MEMORY_SETTINGS[0]] = str(MEMORY_SHARE)
+    take_memory(MEMORY_SHARE)
     if not gpu_here():
         os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+
+
+def take_memory(share: float) -> None:
+    """Have jax take this share of a GPU's memory, unless the environment says another."""
+    if not any(name in os.environ for name in MEMORY_SETTINGS):  # jax refuses to have both
+        os.environ[MEMORY_SETTINGS[0]] = str(share)
 
 
 def only_compiles(capability: str) -> None:
