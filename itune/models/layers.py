@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from itune.models.architecture import ModelConfig, Rope
 from itune.models.entrywise import gated, rms_norm, shifted
 from itune.models.remat import keep
-from itune.models.row_major import Stored, as_stored, stored
+from itune.models.row_major import Stored, as_stored, stored_on
 from itune.types import InputError
 
 # (module, parameter) -> logical axes of the unstacked parameter; see itune/sharding.py for where they go
@@ -190,7 +190,7 @@ class Dense(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (self.features, x.shape[-1])
         kernel = self.param("kernel", nn.initializers.normal(self.init_std), shape, self.param_dtype)
-        y = linear(x, kernel, self.dtype, stored=stored(self.mesh, AXES[str(self.name), "kernel"]))
+        y = linear(x, kernel, self.dtype, stored=stored_on(self.mesh, AXES[str(self.name), "kernel"]))
         if self.has_variable(ADAPTERS, "a"):
             x = nn.Dropout(self.dropout, deterministic=not self.has_rng("dropout"))(x)
             low = keep(linear(x, self.get_variable(ADAPTERS, "a"), self.dtype))

@@ -22,7 +22,7 @@ class Stored(NamedTuple):
     spec: PartitionSpec
 
 
-def stored(mesh: Mesh | None, names: tuple[str, ...]) -> Stored | None:
+def stored_on(mesh: Mesh | None, names: tuple[str, ...]) -> Stored | None:
     """For a kernel with these logical axes; None where the devices ask for nothing."""
     if mesh is None or mesh.shape["fsdp"] == 1 or RULES[names[-1]] != ("fsdp",) or platform(mesh) != "gpu":
         return None

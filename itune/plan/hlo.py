@@ -129,20 +129,13 @@ def arrays(shape: str) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield dtype, tuple(int(d) for d in dims.split(",") if d)
 
 
-def sizes_of(found: Iterable[tuple[str, tuple[int, ...]]]) -> list[int]:
-    """Bytes of each array."""
-    return [_BYTES[dtype] * math.prod(dims) for dtype, dims in found]
-
-
 def _collective(kind: str, instruction: Instruction, times: float, computation: str) -> Collective:
-    sizes = sizes_of(arrays(instruction.shape))
+    found = list(arrays(instruction.shape))
     started = instruction.operation.endswith("-start")
-    if kind == "collective-permute" and started:
-        sizes = sizes[1:2]  # (operand, result, two flags)
-    elif started and kind != "all-reduce" and instruction.shape.startswith("("):
-        real = [(dtype, dims) for dtype, dims in arrays(instruction.shape) if dims or dtype[0] == "f"]
-        sizes = sizes_of(real[len(real) // 2 :])  # (operands, results, flags)
-    group, size = _group(instruction.rest), float(sum(sizes))
+    if started and kind != "all-reduce":  # (operands, results, flags)
+        found = [array for array in found if array != ("u32", ())]
+        found = found[len(found) // 2 :]
+    group, size = _group(instruction.rest), float(sum(_BYTES[dtype] * math.prod(dims) for dtype, dims in found))
     source = re.search(r'op_name="([^"]*)"', instruction.rest)
     if kind == "all-reduce" and "all-reduce-scatter" in computation:  # a fusion of sum and slice: its result is whole
         kind, size = "reduce-scatter", size / max(group, 1)
